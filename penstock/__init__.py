@@ -1,0 +1,3 @@
+"""Penstock: streams of images in, small accurate models out."""
+
+__version__ = "0.1.0"

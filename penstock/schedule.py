@@ -1,0 +1,200 @@
+"""Durations, and curves over a run: pure functions of the step, so a resumed run continues on the same curve."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+
+UNITS = {"step": "steps", "epoch": "epochs", "sample": "samples", "%": "%"}
+
+
+@dataclass(frozen=True)
+class Clock:
+    """What turns durations into steps: the run's length, its batch, and the size of an epoch."""
+
+    total: int  # optimizer steps in the run
+    batch: int  # samples per optimizer step, over all ranks
+    epoch: int  # samples in an epoch
+
+    @classmethod
+    def of(cls, duration: "Length", batch: int, epoch: int) -> "Clock":
+        if duration.unit == "%":
+            raise ValueError("the run's own length cannot be a fraction of itself; give steps, epochs or samples")
+        return cls(max(1, math.ceil(Clock(1, batch, epoch).steps(duration) - 1e-9)), batch, epoch)
+
+    def steps(self, duration: "Length") -> float:
+        per_unit = {"steps": 1.0, "epochs": self.epoch / self.batch, "samples": 1 / self.batch, "%": self.total / 100}
+        return duration.amount * per_unit[duration.unit]
+
+    def every(self, duration: "Length", step: int) -> bool:
+        """Whether the interval ends at `step` (counted from 1, after the optimizer step)."""
+        length = self.steps(duration)
+        return length > 0 and math.floor(step / length + 1e-9) > math.floor((step - 1) / length + 1e-9)
+
+
+@dataclass(frozen=True)
+class Length:
+    """A length of training: an amount of steps, epochs, samples, or per cent of the run."""
+
+    amount: float
+    unit: str
+
+    @classmethod
+    def parse(cls, value: Any) -> "Length":
+        hint = f"{value!r} is not a duration; write '500 steps', '10 epochs', '1e6 samples', or a fraction such as 0.05"
+        if isinstance(value, Length):
+            return value
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if value == 0:
+                return cls(0.0, "steps")
+            if 0 < value <= 1 and isinstance(value, float):
+                return cls(100.0 * value, "%")
+            raise ValueError(hint)
+        match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*(%|[a-z]+)\s*", str(value), re.IGNORECASE)
+        unit = UNITS.get(match[2].lower().rstrip("s")) if match else None
+        if not match or unit is None:
+            raise ValueError(hint)
+        return cls(float(match[1]), unit)
+
+    def __str__(self) -> str:
+        return f"{self.amount:g}%" if self.unit == "%" else f"{self.amount:.12g} {self.unit}"
+
+
+Duration = Annotated[
+    Length,
+    BeforeValidator(Length.parse),
+    PlainSerializer(str, return_type=str),
+    WithJsonSchema({"type": "string", "description": "steps, epochs, samples or a fraction of the run"}),
+]
+
+
+class _Curve(BaseModel):
+    """`start` is reached at the end of the warm-up, `end` at the end of the run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    start: float = 1.0
+    end: float = 0.0
+    warmup: Duration = Length(0.0, "steps")
+    warmup_from: float = 0.0
+
+    def shape(self, done: float, clock: Clock) -> float:
+        """Value for `done` in [0, 1], the share of the run after the warm-up."""
+        raise NotImplementedError
+
+    def at(self, step: float, clock: Clock) -> float:
+        """Value for the update that follows `step` applied updates; past the end it stays at the last value."""
+        warmup = clock.steps(self.warmup)
+        if step < warmup:
+            return self.warmup_from + (self.start - self.warmup_from) * step / warmup
+        done = (step - warmup) / max(clock.total - warmup, 1e-9)
+        return self.shape(min(max(done, 0.0), 1.0), clock)
+
+
+class Constant(_Curve):
+    name: Literal["constant"] = "constant"
+
+    def shape(self, done: float, clock: Clock) -> float:
+        return self.start
+
+
+class Linear(_Curve):
+    name: Literal["linear"] = "linear"
+
+    def shape(self, done: float, clock: Clock) -> float:
+        return self.start + (self.end - self.start) * done
+
+
+class Cosine(_Curve):
+    """Half a cosine from start to end (Loshchilov and Hutter 2017), without restarts."""
+
+    name: Literal["cosine"] = "cosine"
+
+    def shape(self, done: float, clock: Clock) -> float:
+        return self.end + (self.start - self.end) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+class Polynomial(_Curve):
+    name: Literal["poly"] = "poly"
+    power: float = 2.0
+
+    def shape(self, done: float, clock: Clock) -> float:
+        return self.end + (self.start - self.end) * (1.0 - done) ** self.power
+
+
+class WarmupStableDecay(_Curve):
+    """Constant, then a decay over the last part of the run (Hu et al. 2024, MiniCPM)."""
+
+    name: Literal["wsd"] = "wsd"
+    decay: Duration = Length(20.0, "%")
+    decay_shape: Literal["linear", "cosine", "sqrt"] = "linear"
+
+    def shape(self, done: float, clock: Clock) -> float:
+        after_warmup = max(clock.total - clock.steps(self.warmup), 1e-9)
+        share = min(clock.steps(self.decay) / after_warmup, 1.0)
+        down = (done - (1.0 - share)) / share if share > 0 else float(done >= 1.0)
+        if down <= 0:
+            return self.start
+        left = {"linear": 1 - down, "cosine": 0.5 * (1 + math.cos(math.pi * down)), "sqrt": 1 - math.sqrt(down)}
+        return self.end + (self.start - self.end) * left[self.decay_shape]
+
+
+class Step(_Curve):
+    """Multiplied by `factor` at each milestone; `end` is not used. With `values`, takes those values instead."""
+
+    name: Literal["step"] = "step"
+    at_steps: list[Duration] = Field(default=[], alias="milestones")
+    factor: float = 0.1
+    values: list[float] = []
+
+    def at(self, step: float, clock: Clock) -> float:
+        warmup = clock.steps(self.warmup)
+        if step < warmup:
+            return super().at(step, clock)
+        passed = sum(step >= clock.steps(milestone) for milestone in self.at_steps)
+        if self.values:
+            return [self.start, *self.values][min(passed, len(self.values))]
+        return self.start * self.factor**passed
+
+
+Curve = Annotated[
+    Constant | Linear | Cosine | Polynomial | WarmupStableDecay | Step,
+    Field(discriminator="name"),
+]
+CURVES = {kind.model_fields["name"].default: kind for kind in _Curve.__subclasses__()}
+
+# A number that may follow a curve over the run.
+Knob = float | Curve
+
+
+def value_at(knob: Any, step: float, clock: Clock) -> float:
+    """A knob's value: a plain number stays what it is."""
+    return float(knob) if isinstance(knob, (int, float)) else knob.at(step, clock)
+
+
+def knobs_of(config: BaseModel) -> dict[str, Any]:
+    """The fields of a component's config that are knobs (a number or a curve), by name."""
+    found = {}
+    for name, field in type(config).model_fields.items():
+        if _is_knob(field):
+            found[name] = getattr(config, name)
+    return found
+
+
+def _is_knob(field: Any) -> bool:
+    from typing import get_args
+
+    return any(
+        isinstance(arg, type) and issubclass(arg, _Curve)
+        for outer in (field.annotation, *get_args(field.annotation))
+        for arg in (outer, *get_args(outer), *(inner for mid in get_args(outer) for inner in get_args(mid)))
+        if isinstance(arg, type)
+    )
+
+
+def trace(knobs: Mapping[str, Any], clock: Clock, points: int = 200) -> dict[str, list[tuple[int, float]]]:
+    """Each knob's (step, value) at up to `points` steps from first to last, for plots and tests."""
+    steps = sorted({round(i * (clock.total - 1) / max(points - 1, 1)) for i in range(points)})
+    return {name: [(step, value_at(knob, step, clock)) for step in steps] for name, knob in knobs.items()}

@@ -1,0 +1,1 @@
+"""Streams of images from WebDataset shards: the only folder that imports webdataset."""

@@ -1,0 +1,34 @@
+"""What a stream hands to the loop."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank. Its size never changes: a sample that cannot be read is a slot of weight 0."""
+
+    views: list[Tensor]  # per view: uint8 [B, C, H, W]; views may differ in H and W
+    labels: Tensor  # int64 [B], -1 where there is none
+    weights: Tensor  # float32 [B], 1 for a real sample, 0 for a slot that must not count
+    positions: Tensor  # int64 [B], place in the endless order; keys all randomness of the sample
+    keys: list[str] = field(default_factory=list)  # the samples' names, for people
+    step: int = 0  # optimizer step this micro-batch belongs to
+    faults: list[dict] = field(default_factory=list)  # one record per slot of weight 0: position, shard, key, reason
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def to(self, device: torch.device) -> "Batch":
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            views=[move(view) for view in self.views],
+            labels=move(self.labels),
+            weights=move(self.weights),
+            positions=move(self.positions),
+        )
