@@ -10,33 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MASK = (1 << 64) - 1
-GAMMA, MIX1, MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+from penstock.splitmix import GAMMA, MASK, MIX1, MIX2, key, splitmix64, splitmix64_array
 
-
-def splitmix64(value: int) -> int:
-    """The hash of a number in [0, 2^64)."""
-    value = (value + GAMMA) & MASK
-    value = ((value ^ (value >> 30)) * MIX1) & MASK
-    value = ((value ^ (value >> 27)) * MIX2) & MASK
-    return value ^ (value >> 31)
-
-
-def splitmix64_array(values: np.ndarray) -> np.ndarray:
-    """`splitmix64` of every element of a uint64 array."""
-    with np.errstate(over="ignore"):
-        values = values.astype(np.uint64) + np.uint64(GAMMA)
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(MIX1)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(MIX2)
-        return values ^ (values >> np.uint64(31))
-
-
-def key(*parts: int) -> int:
-    """A 64-bit key of several numbers, sensitive to each and to their order."""
-    state = 0
-    for part in parts:
-        state = splitmix64(state ^ (part & MASK))
-    return state
+__all__ = [
+    "MASK",
+    "key",
+    "seed_sample",
+    "splitmix64",
+    "splitmix64_array",
+    "splitmix64_tensor",
+    "uniform",
+]
 
 
 def seed_sample(*parts: int) -> None:
@@ -44,7 +28,7 @@ def seed_sample(*parts: int) -> None:
     state = key(*parts)
     torch.default_generator.manual_seed(state)
     random.seed(state)
-    np.random.seed(state & 0xFFFFFFFF)  # noqa: NPY002 - timm's transforms draw from it
+    np.random.seed(state & 0xFFFFFFFF)  # timm's transforms draw from it
 
 
 def _signed(value: int) -> int:
