@@ -25,11 +25,15 @@ def sender_lock(folder: Path) -> Lock:
 
 def start_mirror(folder: Path) -> "subprocess.Popen[bytes]":
     """The mirror as a child that inherits blocked signals, so that there is no moment in which one could end it."""
+    command = [sys.executable, "-m", "penstock.tracking", str(folder.resolve())]
+    checkout = str(Path(__file__).parents[2])  # the same code as the run's, wherever the run was started
+    paths = os.pathsep.join(filter(None, [checkout, os.environ.get("PYTHONPATH")]))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_THE_MIRROR)
     try:
         with (folder / "mirror.log").open("ab") as log:
-            command = [sys.executable, "-m", "penstock.tracking", str(folder)]
-            return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
+            return subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": paths}
+            )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
