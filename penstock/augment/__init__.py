@@ -1,0 +1,26 @@
+"""Augmentations: each file is one component, which turns an image into views."""
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from penstock.registry import Registry
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+AUGMENTATIONS = Registry("penstock.augment")
+
+
+class Augment(Protocol):
+    """What a stream needs. `config.size`, the side of the views in pixels, may follow a curve."""
+
+    config: Any
+    views: int
+
+    def view(self, image: "np.ndarray", index: int, size: int) -> "Tensor":
+        """View number `index` of an image, uint8 [H, W, C] to uint8 [C, size, size].
+
+        Draws come from torch's, Python's or NumPy's global generator, which the caller seeds for each view. The image
+        may be shared and must not be changed.
+        """
+        ...

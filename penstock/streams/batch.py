@@ -17,9 +17,20 @@ class Batch:
     keys: list[str] = field(default_factory=list)  # the samples' names, for people
     step: int = 0  # optimizer step this micro-batch belongs to
     faults: list[dict] = field(default_factory=list)  # one record per slot of weight 0: position, shard, key, reason
+    ids: Tensor | None = None  # int64 [B], the bits of the samples' 64-bit ids; for the epoch's digest
 
     def __len__(self) -> int:
         return len(self.weights)
+
+    def pin_memory(self) -> "Batch":
+        """In page-locked memory, from which a copy to the GPU is asynchronous; called by the data loader."""
+        return replace(
+            self,
+            views=[view.pin_memory() for view in self.views],
+            labels=self.labels.pin_memory(),
+            weights=self.weights.pin_memory(),
+            positions=self.positions.pin_memory(),
+        )
 
     def to(self, device: torch.device) -> "Batch":
         def move(tensor: Tensor) -> Tensor:

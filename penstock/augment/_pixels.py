@@ -1,0 +1,67 @@
+"""Operations on uint8 pixels that several augmentations share. Draws come from Python's `random`."""
+
+import math
+import random
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Box = tuple[int, int, int, int]  # top, left, height, width
+
+
+def planes(image: np.ndarray) -> Tensor:
+    """[H, W, C] to [C, H, W] without a copy."""
+    return torch.from_numpy(image).permute(2, 0, 1)
+
+
+def resize(image: Tensor, height: int, width: int, interpolation: str) -> Tensor:
+    """Antialiased, uint8 [C, H, W] to [C, height, width]."""
+    if image.shape[-2:] == (height, width):
+        return image
+    return F.interpolate(image[None], (height, width), mode=interpolation, antialias=True)[0]
+
+
+def random_box(height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]) -> Box:
+    """Inception's crop (Szegedy et al. 2015): a share `scale` of the area, of aspect `ratio`, anywhere inside."""
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area = height * width * random.uniform(*scale)
+        aspect = math.exp(random.uniform(low, high))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return random.randint(0, height - h), random.randint(0, width - w), h, w
+    # No box fitted: the largest central one of an allowed aspect, as torchvision takes it.
+    h, w = height, width
+    if width / height < ratio[0]:
+        h = max(1, min(height, round(width / ratio[0])))
+    elif width / height > ratio[1]:
+        w = max(1, min(width, round(height * ratio[1])))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def crop_flip(
+    image: np.ndarray,
+    size: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    interpolation: str,
+    flip: float,
+) -> Tensor:
+    """A random box of the image, resized to [C, size, size] and mirrored with probability `flip`."""
+    top, left, height, width = random_box(image.shape[0], image.shape[1], scale, ratio)
+    # Flipping the small crop is cheap; the box is uniform, so the order of the two does not matter.
+    view = resize(planes(image)[:, top : top + height, left : left + width], size, size, interpolation)
+    return view.flip(-1) if random.random() < flip else view
+
+
+def gaussian_blur(image: Tensor, sigma: float, kernel: int) -> Tensor:
+    """Blur uint8 [C, H, W] with `kernel` taps (odd), edges reflected; two passes instead of one square kernel."""
+    taps = torch.arange(kernel, dtype=torch.float32) - kernel // 2
+    weights = torch.exp(-0.5 * (taps / sigma) ** 2)
+    weights = (weights / weights.sum()).view(1, 1, 1, kernel)
+    pad = kernel // 2
+    padded = F.pad(image[:, None].float(), (pad, pad, pad, pad), mode="reflect")
+    blurred = F.conv2d(F.conv2d(padded, weights), weights.view(1, 1, kernel, 1))
+    return blurred.round().clamp(0, 255).to(torch.uint8)[:, 0]

@@ -1,0 +1,28 @@
+"""No augmentation: the image, resized where it has another size. For digits and other sets that must not be moved."""
+
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+from torch import Tensor
+
+from penstock.augment import _pixels
+from penstock.recipe import Block
+from penstock.schedule import Knob
+
+
+class NoAugmentation:
+    """One view: the whole image, resized to a square."""
+
+    class Config(Block):
+        name: Literal["none"] = "none"
+        size: Knob = Field(32, description="side of the view in pixels; may follow a curve")
+        interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+
+    views = 1
+
+    def __init__(self, config: "NoAugmentation.Config"):
+        self.config = config
+
+    def view(self, image: np.ndarray, index: int, size: int) -> Tensor:
+        return _pixels.resize(_pixels.planes(image), size, size, self.config.interpolation)

@@ -1,0 +1,67 @@
+"""SimCLR's two views (Chen et al. 2020, appendix A)."""
+
+import random
+from typing import Literal
+
+import numpy as np
+import torchvision.transforms.v2.functional as TF
+from pydantic import Field
+from torch import Tensor
+
+from penstock.augment import _pixels
+from penstock.recipe import Block
+from penstock.schedule import Knob
+
+
+class SimCLR:
+    """Crop, mirror, colour jitter, greyscale, blur. For 32 x 32 images the paper takes strength 0.5 and no blur."""
+
+    class Config(Block):
+        name: Literal["simclr"] = "simclr"
+        size: Knob = Field(224, description="side of the views in pixels; may follow a curve")
+        scale: tuple[float, float] = Field((0.08, 1.0), description="share of the image's area, from and to")
+        ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="width over height, from and to")
+        interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+        flip: float = Field(0.5, ge=0, le=1, description="probability of mirroring")
+        jitter: float = Field(0.8, ge=0, le=1, description="probability of colour jitter")
+        strength: float = Field(1.0, ge=0, le=2.5, description="of the jitter: 0.8 s in light, 0.2 s in hue")
+        grayscale: float = Field(0.2, ge=0, le=1, description="probability of greyscale")
+        blur: float = Field(0.5, ge=0, le=1, description="probability of blur; 0 for small images")
+        solarize: float = Field(0.0, ge=0, le=1, description="probability of solarization (of the second view only)")
+
+    views = 2
+
+    def __init__(self, config: "SimCLR.Config"):
+        self.config = config
+
+    def view(self, image: np.ndarray, index: int, size: int) -> Tensor:
+        options = self.config
+        view = _pixels.crop_flip(image, size, options.scale, options.ratio, options.interpolation, options.flip)
+        if len(view) == 3:
+            view = view.contiguous()
+            if random.random() < options.jitter:
+                view = _jitter(view, options.strength)
+            if random.random() < options.grayscale:
+                view = TF.rgb_to_grayscale_image(view, num_output_channels=3)
+        if random.random() < options.blur:
+            view = _pixels.gaussian_blur(view, random.uniform(0.1, 2.0), kernel=max(3, int(size * 0.1) // 2 * 2 + 1))
+        if index == 1 and random.random() < options.solarize:
+            view = TF.solarize_image(view, 128)
+        return view
+
+
+def _jitter(view: Tensor, strength: float) -> Tensor:
+    """Brightness, contrast, saturation and hue in random order."""
+    most = 0.8 * strength
+    factors = [random.uniform(max(0.0, 1 - most), 1 + most) for _ in range(3)]
+    hue = random.uniform(-0.2 * strength, 0.2 * strength)
+    changes = [
+        lambda pixels: TF.adjust_brightness_image(pixels, factors[0]),
+        lambda pixels: TF.adjust_contrast_image(pixels, factors[1]),
+        lambda pixels: TF.adjust_saturation_image(pixels, factors[2]),
+        lambda pixels: TF.adjust_hue_image(pixels, hue),
+    ]
+    random.shuffle(changes)
+    for change in changes:
+        view = change(view)
+    return view

@@ -1,0 +1,31 @@
+"""The `data:` block of a recipe."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from penstock.recipe import Block
+from penstock.streams.manifest import Manifest
+
+
+class Data:
+    """The packed sets a recipe names, opened once."""
+
+    class Config(Block):
+        train: Path = Field(description="folder of the packed training set (`penstock shards pack`)")
+        val: Path | None = Field(None, description="folder of the packed validation set")
+        channels: Literal[1, 3] = Field(3, description="3 decodes to RGB, 1 to greyscale")
+        workers: int = Field(2, ge=0, description="decoding processes per rank; 0 decodes in the training process")
+        prefetch: int = Field(4, ge=1, description="micro-batches each worker prepares ahead")
+        cache: Literal["none", "ram"] = Field("none", description="ram keeps decoded images, for sets that fit")
+        max_bad: float = Field(0.001, ge=0, le=1, description="share of unreadable samples above which a run stops")
+        ledger: bool = Field(False, description="record every sample consumed in the run folder")
+        lanes: int = Field(64, ge=1, description="places of the data read side by side; best a multiple of the ranks")
+        block: int = Field(256, ge=1, description="most neighbouring samples that stay together in an epoch's order")
+        window: int = Field(4096, ge=1, description="samples shuffled among each other within a lane")
+
+    def __init__(self, config: "Data.Config"):
+        self.config = config
+        self.train = Manifest.load(config.train)
+        self.val = Manifest.load(config.val) if config.val is not None else None

@@ -1,0 +1,94 @@
+"""A finite, exact stream: every sample once, whatever the number of ranks."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from penstock.augment import Augment
+from penstock.schedule import Clock, value_at
+from penstock.splitmix import key
+from penstock.streams.batch import Batch
+from penstock.streams.images import Images
+from penstock.streams.loader import Micro, open_loader
+from penstock.streams.order import permutation
+
+SUBSET_KEY = 0x5B5E7 << 44
+
+
+class EvalStream:
+    """Iterating gives this rank's batches, of equal number and shape on all ranks; it can be iterated again.
+
+    The last batches are padded with slots of weight 0 and position -1. `positions` are the samples' numbers in the
+    set, so that results can be put in one order.
+
+    Args:
+        images: the set to read (`Images(manifest, channels)`), which several streams may share.
+        batch: samples per rank and batch.
+        limit: serve a fixed subset of this many samples, the same for a seed whatever else changes.
+        clock: needed when the augmentation's size follows a curve; its value at the run's end is used.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        augment: Augment,
+        *,
+        batch: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        prefetch: int = 4,
+        limit: int | None = None,
+        seed: int = 0,
+        device_type: str = "cpu",
+        clock: Clock | None = None,
+    ):
+        self.images, self.augment, self.seed, self.device_type = images, augment, seed, device_type
+        self.batch, self.rank, self.world, self.workers, self.prefetch = batch, rank, world, workers, prefetch
+        total = images.manifest.samples
+        if limit is None or limit >= total:
+            self.numbers = np.arange(total, dtype=np.int64)
+        else:
+            self.numbers = np.sort(permutation(total, key(seed, SUBSET_KEY))[:limit])
+        self.first = np.cumsum([0, *(shard.samples for shard in images.manifest.shards)])
+        self.size = round(value_at(augment.config.size, clock.total if clock else 0, clock or Clock(1, 1, 1)))
+
+    @property
+    def samples(self) -> int:
+        """Samples served over all ranks."""
+        return len(self.numbers)
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        return self.images.manifest.classes
+
+    def __len__(self) -> int:
+        return -(-self.samples // (self.batch * self.world))
+
+    def __iter__(self) -> Iterator[Batch]:
+        workers = min(self.workers, len(self))
+        return open_loader(
+            _EvalPlan(self), self.images, self.augment, self.seed, workers, self.prefetch, self.device_type
+        )
+
+
+@dataclass(frozen=True)
+class _EvalPlan:
+    stream: EvalStream
+
+    def micro(self, number: int) -> Micro | None:
+        stream = self.stream
+        if number >= len(stream):
+            return None
+        first = (number * stream.world + stream.rank) * stream.batch
+        served = stream.numbers[first : first + stream.batch]
+        shards = np.searchsorted(stream.first, served, side="right") - 1
+        padding = np.full(stream.batch - len(served), -1, dtype=np.int64)
+        return Micro(
+            positions=np.concatenate([served, padding]),
+            shards=np.concatenate([shards, padding]),
+            samples=np.concatenate([served - stream.first[shards], padding]),
+            size=stream.size,
+            step=number,
+        )

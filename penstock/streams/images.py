@@ -1,0 +1,95 @@
+"""Decoded images of a packed set, by (shard number, number within the shard)."""
+
+import mmap
+import multiprocessing
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from penstock.errors import InputError
+from penstock.streams.decode import DecodeError, decode
+from penstock.streams.manifest import Manifest
+from penstock.streams.reader import Fault, ShardReader
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sample; without an image where it cannot be read, and then with the reason."""
+
+    image: np.ndarray | None  # uint8 [H, W, C]; not to be written to, it may be the cache
+    label: int
+    key: str
+    id: int
+    reason: str = ""
+
+
+class Images:
+    """Reads, checks and decodes.
+
+    Args:
+        channels: 3 for RGB, 1 for greyscale.
+        cache: "ram" keeps every decoded image, for sets that fit into memory.
+    """
+
+    def __init__(self, manifest: Manifest, channels: int = 3, cache: Literal["none", "ram"] = "none"):
+        manifest.check_files()
+        self.manifest, self.channels = manifest, channels
+        self.reader = ShardReader(manifest)
+        self._cache = _PixelCache(self.reader, channels) if cache == "ram" else None
+
+    def load(self, shard: int, sample: int) -> Sample:
+        record = self.reader.record(shard, sample)
+        image = self._cache.get(shard, sample) if self._cache else None
+        if image is None:
+            try:
+                image = decode(self.reader.payload(shard, record), self.channels)
+            except (Fault, DecodeError) as error:
+                return Sample(None, record.label, record.key, record.id, str(error))
+            if self._cache:
+                self._cache.put(shard, sample, image)
+        return Sample(image, record.label, record.key, record.id)
+
+
+class _PixelCache:
+    """Decoded pixels in memory that forked workers share: each image is decoded once, by whoever needs it first."""
+
+    def __init__(self, reader: ShardReader, channels: int):
+        numbers = range(len(reader.manifest.shards))
+        self.shapes = [
+            np.stack([reader.column(number, "height"), reader.column(number, "width")], 1).astype(np.int64)
+            for number in numbers
+        ]
+        self.channels = channels
+        self.first = np.cumsum([0, *(len(shape) for shape in self.shapes)])
+        sizes = np.concatenate([shape.prod(1) for shape in self.shapes]) * channels
+        self.begins = np.concatenate([[0], np.cumsum(sizes)])
+        total, memory = int(self.begins[-1]), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if total > memory / 2:
+            raise InputError(
+                f"data.cache: the decoded images of {reader.manifest.root} take {total / 1e9:.1f} GB for each rank, "
+                f"and this machine has {memory / 1e9:.1f} GB; write data.cache=none"
+            )
+        self.pixels = np.frombuffer(mmap.mmap(-1, max(total, 1)), dtype=np.uint8)
+        self.filled = np.frombuffer(mmap.mmap(-1, len(sizes)), dtype=np.uint8)
+        self.lock = multiprocessing.get_context("fork").Lock()  # orders the flag after the pixels on every CPU
+
+    def get(self, shard: int, sample: int) -> np.ndarray | None:
+        number, place = self._place(shard, sample)
+        with self.lock:
+            return place if self.filled[number] else None
+
+    def put(self, shard: int, sample: int, image: np.ndarray) -> None:
+        number, place = self._place(shard, sample)
+        if image.shape != place.shape:  # the index does not know the size, or Exif turned the image
+            return
+        place[:] = image
+        with self.lock:
+            self.filled[number] = 1
+
+    def _place(self, shard: int, sample: int) -> tuple[int, np.ndarray]:
+        number = int(self.first[shard]) + sample
+        height, width = self.shapes[shard][sample].tolist()
+        place = self.pixels[self.begins[number] : self.begins[number + 1]]
+        return number, place.reshape(height, width, self.channels)

@@ -1,0 +1,126 @@
+"""From planned micro-batches to tensors: reading, augmenting and handing over, in this process or in workers."""
+
+import ctypes
+import random
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from penstock.augment import Augment
+from penstock.keyed import seed_sample
+from penstock.streams.batch import Batch
+from penstock.streams.images import Images, Sample
+
+SIGNALS_OF_THE_LOOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass(frozen=True)
+class Micro:
+    """What one micro-batch of this rank will hold. The arrays are int64 [B]."""
+
+    positions: np.ndarray  # keys the randomness of augmentation
+    shards: np.ndarray  # -1 for a slot of padding
+    samples: np.ndarray
+    size: int  # side of the square views, in pixels
+    step: int
+
+
+class Plan(Protocol):
+    def micro(self, number: int) -> Micro | None:
+        """The micro-batch of this rank after `number` others, or None after the last."""
+
+
+def assemble(micro: Micro, images: Images, augment: Augment, seed: int) -> Batch:
+    """Read and augment one micro-batch. A sample that cannot be read is zeros, with weight 0 and a fault record."""
+    samples: list[Sample] = []
+    slots: list[list[torch.Tensor | None]] = [[] for _ in range(augment.views)]
+    faults = []
+    with _generators_kept():
+        places = zip(micro.positions.tolist(), micro.shards.tolist(), micro.samples.tolist(), strict=True)
+        for position, shard, number in places:
+            sample = images.load(shard, number) if shard >= 0 else Sample(None, -1, "", 0)
+            samples.append(sample)
+            if sample.reason:
+                name = images.manifest.shards[shard].name
+                faults.append({"position": position, "shard": name, "key": sample.key, "reason": sample.reason})
+            for view, slot in enumerate(slots):
+                if sample.image is None:
+                    slot.append(None)
+                    continue
+                seed_sample(seed, position, view)
+                slot.append(augment.view(sample.image, view, micro.size))
+    return Batch(
+        views=[_stack(slot, (images.channels, micro.size, micro.size)) for slot in slots],
+        labels=torch.tensor([sample.label for sample in samples]),
+        weights=torch.tensor([float(sample.image is not None) for sample in samples]),
+        positions=torch.from_numpy(micro.positions),
+        keys=[sample.key for sample in samples],
+        step=micro.step,
+        faults=faults,
+        ids=torch.from_numpy(np.array([sample.id for sample in samples], dtype=np.uint64).view(np.int64)),
+    )
+
+
+def open_loader(
+    plan: Plan, images: Images, augment: Augment, seed: int, workers: int, prefetch: int, device_type: str
+) -> Iterator[Batch]:
+    """Batches of the plan in order. Micro-batch t is made by worker t % workers, so `in_order` keeps their sequence."""
+    loader = DataLoader(
+        _Planned(plan, images, augment, seed),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
+        in_order=True,
+        pin_memory=device_type == "cuda",
+        worker_init_fn=_start_worker if workers else None,
+        # A fork starts in milliseconds and shares the index and the cache; workers never touch CUDA.
+        multiprocessing_context="fork" if workers else None,
+        generator=torch.Generator(),  # else the loader would draw from the training's generator
+    )
+    return iter(loader)
+
+
+class _Planned(IterableDataset):
+    def __init__(self, plan: Plan, images: Images, augment: Augment, seed: int):
+        self.plan, self.images, self.augment, self.seed = plan, images, augment, seed
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker: Any = get_worker_info()
+        number, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        while (micro := self.plan.micro(number)) is not None:
+            yield assemble(micro, self.images, self.augment, self.seed)
+            number += stride
+
+
+def _stack(slot: list[torch.Tensor | None], shape: tuple[int, ...]) -> torch.Tensor:
+    """[B, C, H, W]; `shape` is used when there is no readable sample."""
+    blank = torch.zeros(next((view.shape for view in slot if view is not None), shape), dtype=torch.uint8)
+    return torch.stack([blank if view is None else view for view in slot])
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    """Augmentation seeds the global generators; the training's own draws must not notice."""
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)
+    for number in SIGNALS_OF_THE_LOOP:  # the rank decides what they mean, and still needs its data
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        die_with_parent = 1  # PR_SET_PDEATHSIG: a killed rank leaves no worker that holds its ports and memory
+        ctypes.CDLL(None).prctl(die_with_parent, signal.SIGKILL)
