@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-DONE, INPUT_WRONG, STOPPED = 0, 2, 75  # 75 is EX_TEMPFAIL: try again later, nothing is lost
+DONE, FAILED, INPUT_WRONG, STOPPED = 0, 1, 2, 75  # 75 is EX_TEMPFAIL: try again later, nothing is lost
 
 
 class InputError(Exception):
@@ -11,6 +11,10 @@ class InputError(Exception):
 
     The message says what is wrong, where, and what to do instead. Programs print it without a traceback and exit 2.
     """
+
+
+class RunFailed(Exception):
+    """Training cannot go on (it diverged, say). The message says why and what to try; programs exit 1."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -176,22 +176,8 @@ def value_at(knob: Any, step: float, clock: Clock) -> float:
 
 def knobs_of(config: BaseModel) -> dict[str, Any]:
     """The fields of a component's config that are knobs (a number or a curve), by name."""
-    found = {}
-    for name, field in type(config).model_fields.items():
-        if _is_knob(field):
-            found[name] = getattr(config, name)
-    return found
-
-
-def _is_knob(field: Any) -> bool:
-    from typing import get_args
-
-    return any(
-        isinstance(arg, type) and issubclass(arg, _Curve)
-        for outer in (field.annotation, *get_args(field.annotation))
-        for arg in (outer, *get_args(outer), *(inner for mid in get_args(outer) for inner in get_args(mid)))
-        if isinstance(arg, type)
-    )
+    fields = type(config).model_fields
+    return {name: getattr(config, name) for name, field in fields.items() if field.annotation == Knob}
 
 
 def trace(knobs: Mapping[str, Any], clock: Clock, points: int = 200) -> dict[str, list[tuple[int, float]]]:

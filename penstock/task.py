@@ -42,6 +42,10 @@ class Task(nn.Module):
     def after_step(self, engine: Any, knobs: Mapping[str, float]) -> None:
         """Called after each applied optimizer step: EMA teachers, queues, centres."""
 
+    def compiled_parts(self) -> list[nn.Module]:
+        """The submodules that `engine.compile` compiles: those called with tensors of fixed shapes."""
+        return [self.backbone]
+
     def pictures(self, batch: "Batch") -> dict[str, Tensor]:
         """Named pictures for people, uint8 [3, H, W]."""
         return {}
