@@ -5,13 +5,13 @@ import os
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from penstock.errors import InputError
-from penstock.streams.manifest import Manifest, Shard
+from penstock.streams.manifest import Manifest
 
+REMEDY = "; copy or pack the set again, or see `penstock shards verify`"
 OPEN_SHARDS = 384  # two file descriptors each, below the usual limit of 1024
 
 
@@ -92,26 +92,19 @@ class ShardReader:
         if shard not in self._open:
             if len(self._open) >= OPEN_SHARDS:
                 os.close(self._open.popitem(last=False)[1].file)
-            self._open[shard] = self._fresh(self.manifest.shards[shard], shard)
+            self._open[shard] = self._fresh(shard)
         self._open.move_to_end(shard)
         return self._open[shard]
 
-    def _fresh(self, shard: Shard, number: int) -> _Open:
+    def _fresh(self, number: int) -> _Open:
+        shard = self.manifest.shards[number]
         path = self.manifest.root / shard.index
         try:
-            index: Any = np.load(path, mmap_mode="r", allow_pickle=False)
+            index = np.load(path, mmap_mode="r", allow_pickle=False)
             if number not in self._checked:
-                _check_index(shard, path.read_bytes(), index)
+                if hashlib.sha256(path.read_bytes()).hexdigest() != shard.index_sha256 or len(index) != shard.samples:
+                    raise ValueError("it is not the index the manifest describes")
                 self._checked.add(number)
             return _Open(os.open(self.manifest.root / shard.name, os.O_RDONLY), index)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{path}: {error}. Run `penstock shards verify {self.manifest.root}` to see what is damaged"
-            ) from error
-
-
-def _check_index(shard: Shard, content: bytes, index: np.ndarray) -> None:
-    if hashlib.sha256(content).hexdigest() != shard.index_sha256:
-        raise ValueError("the index differs from the one the manifest describes (SHA-256)")
-    if len(index) != shard.samples:
-        raise ValueError(f"the index has {len(index)} samples, the manifest says {shard.samples}")
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"{path} or its shard cannot be used: {error}{REMEDY}") from error
