@@ -1,0 +1,29 @@
+"""The `penstock` command."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from penstock import __version__
+from penstock.errors import INPUT_WRONG, STOPPED, InputError
+from penstock.streams.commands import add_commands
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; its exit code. Errors of input are told without a traceback."""
+    parser = argparse.ArgumentParser(prog="penstock", description="Streams of images in, small accurate models out.")
+    parser.add_argument("--version", action="version", version=__version__)
+    add_commands(parser.add_subparsers(required=True, metavar="COMMAND"))
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except InputError as error:
+        print(f"penstock: {error}", file=sys.stderr)
+        return INPUT_WRONG
+    except KeyboardInterrupt:
+        print("penstock: stopped; what is finished is kept, the same command goes on from there", file=sys.stderr)
+        return STOPPED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

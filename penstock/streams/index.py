@@ -1,0 +1,245 @@
+"""The index of a shard: where each sample's image lies, with checksum, id, label and size.
+
+One record of `INDEX` per sample, as a plain `.npy` that is memory-mapped and never unpickled. Samples are grouped by
+webdataset's own rule for names, so keys mean the same to its readers.
+"""
+
+import hashlib
+import json
+import mmap
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from penstock.errors import InputError
+from penstock.splitmix import splitmix64_array
+from penstock.streams.atomic import replacing
+from penstock.streams.encoded import EXTENSIONS, image_size
+from penstock.streams.manifest import Manifest, Shard
+from penstock.streams.tar import Member, TarError, members
+
+FIELDS = [
+    ("offset", "<u8"),  # of the image's payload in the tar
+    ("size", "<u4"),
+    ("crc", "<u4"),  # crc32 of the payload
+    ("id", "<u8"),  # see sample_id
+    ("label", "<i4"),  # -1: none
+    ("width", "<u4"),  # 0: the header could not be read
+    ("height", "<u4"),
+]
+
+
+def record_type(key_bytes: int) -> np.dtype:
+    """The dtype of an index whose longest key has `key_bytes` bytes of UTF-8."""
+    return np.dtype([*FIELDS, ("key", f"S{max(key_bytes, 1)}")])
+
+
+def sample_id(key: str) -> int:
+    """The first 8 bytes of BLAKE2b of the key, little-endian."""
+    return int.from_bytes(hashlib.blake2b(key.encode()).digest()[:8], "little")
+
+
+def digest_of(ids: np.ndarray) -> int:
+    """Order-free checksum of ids: the sum of their hashes modulo 2^64."""
+    return int(splitmix64_array(ids).sum(dtype=np.uint64))
+
+
+def index_name(tar: str) -> str:
+    return tar.removesuffix(".tar") + ".index.npy"
+
+
+def load_records(index: Path) -> np.ndarray:
+    """The records of an index file, memory-mapped. Raises InputError when it is missing or no index."""
+    try:
+        records = np.load(index, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{index} cannot be read ({error}); `penstock shards verify` tells more") from None
+    if records.dtype.names is None or records.dtype.descr[:-1] != FIELDS or records.ndim != 1:
+        raise InputError(f"{index} is not an index; `penstock shards verify` tells more")
+    return records
+
+
+@dataclass
+class Sample:
+    """The members of one sample, as they gather during the walk."""
+
+    key: str
+    fields: dict[str, Member]
+
+    def image(self) -> tuple[str, Member] | None:
+        """The field that holds the image. Raises TarError when there are two, or a dot in its key hides it."""
+        found = [(suffix, item) for suffix, item in self.fields.items() if suffix.rsplit(".", 1)[-1] in EXTENSIONS]
+        for suffix, item in found:
+            if "." in suffix:
+                raise TarError(
+                    f"{item.name} has a dot within its name, so readers of WebDataset take {self.key!r} for its key "
+                    f"and {suffix!r} for its type; rename it without the dot",
+                    item.header,
+                )
+        if len(found) > 1:
+            names = " and ".join(item.name for _, item in found)
+            raise TarError(f"sample {self.key} has two images, {names}; keep one", found[1][1].header)
+        return found[0] if found else None
+
+
+def walk_samples(data: mmap.mmap | bytes) -> list[Sample]:
+    """Samples in order. Raises TarError where webdataset would merge, split, shorten or skip any."""
+    from webdataset.tariterators import base_plus_ext
+
+    samples: list[Sample] = []
+    seen: set[str] = set()
+    for member in members(data):
+        if re.match(r"__[^/]*__($|/)", member.name):  # metadata to webdataset, no sample
+            continue
+        key, suffix = base_plus_ext(member.name)
+        if key is None:
+            raise TarError(f"{member.name} has no key and extension, so readers would skip it", member.header)
+        suffix = suffix.lower()
+        if not samples or samples[-1].key != key:
+            if key in seen:
+                raise TarError(
+                    f"{member.name}: other samples lie between the members of sample {key}, or the key is used twice; "
+                    "readers would make two samples of it",
+                    member.header,
+                )
+            seen.add(key)
+            samples.append(Sample(key, {}))
+        if suffix in samples[-1].fields:
+            raise TarError(f"{member.name}: sample {key} has two members of type {suffix}", member.header)
+        samples[-1].fields[suffix] = member
+    return samples
+
+
+def label_of(sample: Sample, data: mmap.mmap | bytes) -> int:
+    """The label in `cls` or in `json` under "label"; -1 without either. Raises TarError when it is not a number."""
+    for suffix in ("cls", "json"):
+        member = sample.fields.get(suffix)
+        if member is None:
+            continue
+        text = data[member.offset : member.offset + member.size]
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text[:40]
+        if suffix == "json" and isinstance(value, dict):
+            if "label" not in value:
+                continue
+            value = value["label"]
+        if isinstance(value, bool) or not isinstance(value, int) or not -1 <= value < 1 << 31:
+            raise TarError(f"{member.name}: the label {value!r} is not a class number (0, 1, ...)", member.header)
+        return value
+    return -1
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """A shard as it goes into the manifest; `unreadable` are keys whose image header could not be read."""
+
+    shard: Shard
+    counts: dict[int, int]
+    ids: np.ndarray
+    unreadable: list[str]
+
+
+def read_records(data: mmap.mmap | bytes, advance: Callable[[int], None] = lambda _: None) -> np.ndarray:
+    """The records of a tar, made by walking it. Raises TarError."""
+    rows = []
+    for sample in walk_samples(data):
+        found = sample.image()
+        if found is None:
+            first = next(iter(sample.fields.values()))
+            raise TarError(f"sample {sample.key} has no image (jpg, jpeg, png or webp)", first.header)
+        member = found[1]
+        payload = data[member.offset : member.offset + member.size]
+        width, height = image_size(payload)
+        label = label_of(sample, data)
+        encoded = sample.key.encode()
+        rows.append(
+            (member.offset, member.size, zlib.crc32(payload), sample_id(sample.key), label, width, height, encoded)
+        )
+        advance(1)
+    return np.array(rows, dtype=record_type(max((len(row[-1]) for row in rows), default=1)))
+
+
+def index_tar(
+    tar: Path, name: str, index: Path, advance: Callable[[int], None] = lambda _: None, write: bool = True
+) -> Indexed:
+    """Walk the tar and write its index atomically (or with `write=False` only describe what it would be).
+
+    Args:
+        name: the shard's name in the manifest and in messages; `tar` may still have a temporary one.
+        index: path of the index.
+    """
+    if tar.stat().st_size == 0:
+        raise InputError(f"{tar} is empty; copy or make it again")
+    with tar.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            records = read_records(data, advance)
+        except TarError as error:
+            raise InputError(f"{tar.with_name(Path(name).name)}, byte {error.offset:,}: {error.message}") from None
+        sha256 = hashlib.sha256(data).hexdigest()
+        size = len(data)
+    content = npy_bytes(records)
+    if write:
+        with replacing(index) as target:
+            target.write(content)
+    labels = records["label"]
+    return Indexed(
+        shard=Shard(name, size, sha256, len(records), index_name(name), hashlib.sha256(content).hexdigest()),
+        counts=dict(Counter(labels[labels >= 0].tolist())),
+        ids=records["id"].copy(),
+        unreadable=[key.decode() for key in records["key"][records["width"] == 0]],
+    )
+
+
+def npy_bytes(records: np.ndarray) -> bytes:
+    """The file that holds `records`; equal records give equal bytes."""
+    import io
+
+    file = io.BytesIO()
+    np.save(file, records, allow_pickle=False)
+    return file.getvalue()
+
+
+def collect(root: Path, parts: list[Indexed], classes: tuple[str, ...] | None, pack: dict) -> Manifest:
+    """The manifest of indexed shards. Raises InputError for keys used twice and labels without a class."""
+    counts: Counter[int] = Counter()
+    for part in parts:
+        counts.update(part.counts)
+    if classes is not None and counts and max(counts) >= len(classes):
+        raise InputError(
+            f"{root} has the label {max(counts)} but only {len(classes)} class names (labels count from 0); correct "
+            "the names or the labels"
+        )
+    manifest = Manifest(
+        shards=tuple(part.shard for part in parts),
+        samples=sum(part.shard.samples for part in parts),
+        classes=classes,
+        class_counts=dict(sorted(counts.items())),
+        digest_of_ids=digest_of(np.concatenate([part.ids for part in parts])),
+        pack=pack,
+        root=root,
+    )
+    _refuse_twins(manifest, parts)
+    return manifest
+
+
+def _refuse_twins(manifest: Manifest, parts: list[Indexed]) -> None:
+    ids = np.concatenate([part.ids for part in parts])
+    values, counts = np.unique(ids, return_counts=True)
+    if (counts > 1).any():
+        twin = values[counts > 1][0]
+        places = []
+        for part in parts:
+            if (part.ids == twin).any():
+                records = load_records(manifest.root / part.shard.index)
+                places.append(f"{records['key'][records['id'] == twin][0].decode()} in {part.shard.name}")
+        raise InputError(
+            f"{manifest.root}: {int((counts > 1).sum())} keys name more than one sample, such as {', '.join(places)}; "
+            "keys tell samples apart, so they must differ across shards, too"
+        )

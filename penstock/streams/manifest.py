@@ -1,0 +1,178 @@
+"""The manifest of a shard set: what it holds, with checksums. Imports no torch, so checks stay quick.
+
+A set is a folder with `manifest.json`, tars, and an index beside each tar (see `penstock.streams.index`).
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from penstock.errors import InputError
+from penstock.streams.atomic import replacing
+
+MANIFEST = "manifest.json"
+PLAN = ".pack-plan.json"  # written first and removed last by `penstock.streams.pack`
+VERSION = 1
+REMEDY = "; make it with `penstock shards pack SOURCE DEST`, or `penstock shards index FOLDER` for tars made elsewhere"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar and its index, by names relative to the manifest; sizes in bytes, sums in hexadecimal."""
+
+    name: str
+    bytes: int
+    sha256: str
+    samples: int
+    index: str
+    index_sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of shards holds; `pack` only records how it was made and is no part of the identity."""
+
+    shards: tuple[Shard, ...]
+    samples: int
+    classes: tuple[str, ...] | None  # names, by label
+    class_counts: Mapping[int, int]  # samples of each label; unlabelled samples are not in it
+    digest_of_ids: int  # sum of splitmix64(id) over samples, modulo 2^64
+    pack: Mapping[str, Any] = field(default_factory=dict)
+    version: int = VERSION
+    root: Path = field(default=Path(), compare=False)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Manifest":
+        """Read and check `folder/manifest.json`. Raises InputError when it is absent, damaged or unsafe."""
+        path = Path(folder) / MANIFEST
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            state = (
+                "an unfinished pack (run the same pack command again)"
+                if (path.parent / PLAN).is_file()
+                else "no manifest"
+            )
+            what = f"has {state}" if path.parent.is_dir() else "is not a folder"
+            raise InputError(f"{folder} {what}{REMEDY}") from None
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read: {error}{REMEDY}") from None
+        if isinstance(content, dict) and content.get("version", VERSION) != VERSION:
+            raise InputError(f"{path} has version {content['version']}; this Penstock reads version {VERSION}")
+        try:
+            manifest = cls(
+                shards=tuple(Shard(**shard) for shard in content["shards"]),
+                samples=content["samples"],
+                classes=None if content["classes"] is None else tuple(content["classes"]),
+                class_counts={int(label): count for label, count in content["class_counts"].items()},
+                digest_of_ids=int(content["digest_of_ids"], 16),
+                pack=content["pack"],
+                root=path.parent,
+            )
+            intact = manifest.identity == content["identity"]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{path} is not a manifest ({type(error).__name__}: {error}){REMEDY}") from None
+        if not intact:
+            raise InputError(f"{path} was changed after it was written: its content does not match its own checksum")
+        for shard in manifest.shards:
+            for name in (shard.name, shard.index):
+                if not safe_name(name):
+                    raise InputError(f"{path} names {name!r}, outside its folder; such a manifest is not used")
+        return manifest
+
+    def save(self, folder: str | Path) -> None:
+        """Write `folder/manifest.json` atomically."""
+        content = self._content() | {"pack": dict(self.pack), "identity": self.identity}
+        with replacing(Path(folder) / MANIFEST) as file:
+            file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 in hexadecimal of all that defines the data."""
+        canonical = json.dumps(self._content(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "version": self.version,
+            "samples": self.samples,
+            "classes": None if self.classes is None else list(self.classes),
+            "class_counts": {str(label): count for label, count in sorted(self.class_counts.items())},
+            "digest_of_ids": f"{self.digest_of_ids:016x}",  # text: readers in other languages lose bits above 2^53
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+
+    @property
+    def unlabelled(self) -> int:
+        return self.samples - sum(self.class_counts.values())
+
+    def class_name(self, label: int) -> str:
+        """A label's name for people; its number where names are unknown."""
+        if label < 0:
+            return "(no label)"
+        return self.classes[label] if self.classes and label < len(self.classes) else str(label)
+
+    def check_files(self) -> None:
+        """Raise InputError naming every shard or index that is missing or has another size; reads no content."""
+        wrong = []
+        for shard in self.shards:
+            path = self.root / shard.name
+            if not path.is_file():
+                wrong.append(f"{shard.name} is missing")
+            elif path.stat().st_size != shard.bytes:
+                wrong.append(f"{shard.name} has {path.stat().st_size:,} bytes instead of {shard.bytes:,}")
+            if not (self.root / shard.index).is_file():
+                wrong.append(f"{shard.index} is missing")
+        if wrong:
+            more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+            raise InputError(
+                f"{self.root} does not hold what its manifest says: {'; '.join(wrong[:10])}{more}. "
+                f"Copy the files again, or see `penstock shards verify {self.root}`"
+            )
+
+    def diff(self, other: "Manifest") -> list[str]:
+        """What differs from `other`, in words for people; empty when both describe the same data."""
+        words = []
+        if self.samples != other.samples:
+            words.append(f"{self.samples:,} samples instead of {other.samples:,}")
+        if self.classes != other.classes:
+            words.append(f"classes {_brief(self.classes)} instead of {_brief(other.classes)}")
+        for label in sorted({*self.class_counts, *other.class_counts}):
+            mine, theirs = self.class_counts.get(label, 0), other.class_counts.get(label, 0)
+            if mine != theirs:
+                words.append(f"{mine:,} samples of class {self.class_name(label)} instead of {theirs:,}")
+        if self.samples == other.samples and self.digest_of_ids != other.digest_of_ids:
+            words.append("other sample keys")
+        mine_by_name = {shard.name: shard for shard in self.shards}
+        theirs_by_name = {shard.name: shard for shard in other.shards}
+        words += [f"shard {name} is new" for name in mine_by_name if name not in theirs_by_name]
+        words += [f"shard {name} is gone" for name in theirs_by_name if name not in mine_by_name]
+        for name, shard in mine_by_name.items():
+            if name in theirs_by_name and shard != theirs_by_name[name]:
+                words.append(f"shard {name} has other content")
+        if not words and self.shards != other.shards:
+            words.append("the shards come in another order")
+        return words
+
+
+def safe_name(name: Any) -> bool:
+    """Whether a file name of a manifest or tar stays inside its folder and cannot be taken for an address."""
+    path = PurePosixPath(str(name))
+    return (
+        isinstance(name, str)
+        and bool(path.parts)
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and not re.search(r"[\x00-\x1f\\]|^[a-z]+:", name)
+    )
+
+
+def _brief(classes: tuple[str, ...] | None) -> str:
+    if classes is None:
+        return "without names"
+    shown = ", ".join(classes[:5])
+    return f"({shown}, ... {len(classes)} in all)" if len(classes) > 5 else f"({shown})"
