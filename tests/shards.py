@@ -1,4 +1,4 @@
-"""Packed sets for tests, written here by hand so that readers are tested against the format and not against the packer."""
+"""Packed sets for tests, written by hand so that readers are tested against the format, not the packer."""
 
 import hashlib
 import io

@@ -58,6 +58,7 @@ def crop_flip(
 
 def gaussian_blur(image: Tensor, sigma: float, kernel: int) -> Tensor:
     """Blur uint8 [C, H, W] with `kernel` taps (odd), edges reflected; two passes instead of one square kernel."""
+    kernel = min(kernel, 2 * math.ceil(4 * sigma) + 1)  # further taps add less than a tenth of a grey level
     taps = torch.arange(kernel, dtype=torch.float32) - kernel // 2
     weights = torch.exp(-0.5 * (taps / sigma) ** 2)
     weights = (weights / weights.sum()).view(1, 1, 1, kernel)
@@ -65,3 +66,23 @@ def gaussian_blur(image: Tensor, sigma: float, kernel: int) -> Tensor:
     padded = F.pad(image[:, None].float(), (pad, pad, pad, pad), mode="reflect")
     blurred = F.conv2d(F.conv2d(padded, weights), weights.view(1, 1, kernel, 1))
     return blurred.round().clamp(0, 255).to(torch.uint8)[:, 0]
+
+
+def shift_hue(image: Tensor, shift: float) -> Tensor:
+    """Turn the hue of uint8 RGB [3, H, W] by `shift` of the colour circle; value and chroma of HSV stay.
+
+    The formula of torchvision's `adjust_hue` in half its time, by going back to RGB without HSV's six sectors.
+    """
+    pixels = image.float()
+    red, green, blue = pixels
+    value = pixels.amax(0)
+    chroma = value - pixels.amin(0)
+    scale = 1 / chroma.clamp(min=1)
+    hue = torch.where(
+        value == red,
+        (green - blue) * scale,
+        torch.where(value == green, (blue - red) * scale + 2, (red - green) * scale + 4),
+    )
+    sector = hue + (6 * shift + torch.tensor([5.0, 3.0, 1.0])).view(3, 1, 1)
+    sector -= 6 * (sector / 6).floor()  # remainder(6), which is several times slower
+    return (value - chroma * torch.minimum(sector, 4 - sector).clamp(0, 1)).round().to(torch.uint8)

@@ -59,7 +59,7 @@ def _jitter(view: Tensor, strength: float) -> Tensor:
         lambda pixels: TF.adjust_brightness_image(pixels, factors[0]),
         lambda pixels: TF.adjust_contrast_image(pixels, factors[1]),
         lambda pixels: TF.adjust_saturation_image(pixels, factors[2]),
-        lambda pixels: TF.adjust_hue_image(pixels, hue),
+        lambda pixels: _pixels.shift_hue(pixels, hue),
     ]
     random.shuffle(changes)
     for change in changes:
