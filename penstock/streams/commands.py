@@ -33,8 +33,9 @@ def add_commands(subparsers: argparse._SubParsersAction) -> None:
 PACK = """SOURCE is a folder of images (one folder per class, or images alone), torchvision:NAME[:SPLIT], a Parquet file
 or folder with image bytes and an optional label, or digits[:train|:test]. JPEG, PNG and WebP files are stored as they
 are, others as PNG. A pack that was interrupted goes on when the same command runs again."""
-INDEX = """FOLDER holds .tar files with, per sample, an image (jpg, jpeg, png, webp) and a label (cls, json with "label",
-or none). Class names are read from classes.txt (a name per line) or classes.json (a list, or names by number) if there."""
+INDEX = """FOLDER holds .tar files with, per sample, an image (jpg, jpeg, png, webp) and a label (cls, json with
+"label", or none). Class names are read from classes.txt (a name per line) or classes.json (a list, or names by number)
+if there is one."""
 VERIFY = "Compares every byte with its checksum and decodes every image; exits 2 with a table if anything is wrong."
 
 

@@ -1,0 +1,60 @@
+"""What a set holds, in words and numbers."""
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from penstock.streams.index import load_records
+from penstock.streams.manifest import Manifest
+
+MOST_CLASSES = 40  # rows of the table of classes
+
+
+def print_summary(manifest: Manifest) -> None:
+    """Counts, sizes and classes on standard output."""
+    console = Console(markup=False, highlight=False)
+    sizes = _sizes(manifest)
+    table = Table(show_header=False, title=str(manifest.root))
+    table.add_column()
+    table.add_column(overflow="fold")
+    table.add_row("samples", f"{manifest.samples:,}")
+    table.add_row("shards", f"{len(manifest.shards):,}")
+    table.add_row("bytes", f"{sum(shard.bytes for shard in manifest.shards):,}")
+    table.add_row("classes", f"{len(manifest.classes):,}" if manifest.classes else "without names")
+    table.add_row("unlabelled", f"{manifest.unlabelled:,}")
+    for name in ("width", "height", "size"):
+        unit = "bytes an image" if name == "size" else f"{name}, pixels"
+        table.add_row(unit, _spread(sizes[name]))
+    unknown = int((sizes["width"] == 0).sum())
+    if unknown:
+        table.add_row("headers not readable", f"{unknown:,}")
+    table.add_row("made from", str(manifest.pack.get("source", "tars made elsewhere")))
+    table.add_row("identity", manifest.identity)
+    console.print(table)
+    if manifest.class_counts:
+        console.print(_classes(manifest))
+
+
+def _sizes(manifest: Manifest) -> dict[str, np.ndarray]:
+    parts = [load_records(manifest.root / shard.index) for shard in manifest.shards]
+    return {name: np.concatenate([part[name] for part in parts]) for name in ("width", "height", "size")}
+
+
+def _spread(values: np.ndarray) -> str:
+    known = values[values > 0]
+    if not len(known):
+        return "unknown"
+    low, middle, high = known.min(), np.median(known), known.max()
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}, median {middle:,.0f}"
+
+
+def _classes(manifest: Manifest) -> Table:
+    table = Table("label", "class", "samples", "share")
+    labels = sorted({*manifest.class_counts, *range(len(manifest.classes or ()))})
+    for label in labels[:MOST_CLASSES]:
+        count = manifest.class_counts.get(label, 0)
+        table.add_row(str(label), manifest.class_name(label), f"{count:,}", f"{count / manifest.samples:.1%}")
+    if len(labels) > MOST_CLASSES:
+        rest = sum(manifest.class_counts.get(label, 0) for label in labels[MOST_CLASSES:])
+        table.add_row("...", f"{len(labels) - MOST_CLASSES} more", f"{rest:,}", f"{rest / manifest.samples:.1%}")
+    return table

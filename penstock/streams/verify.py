@@ -1,0 +1,109 @@
+"""Every byte of a set against its checksums, and every image through the decoder."""
+
+import hashlib
+import mmap
+from pathlib import Path
+
+import numpy as np
+
+from penstock.errors import InputError
+from penstock.progress import progress
+from penstock.streams import jobs
+from penstock.streams.damage import Damage, locate
+from penstock.streams.decode import DecodeError, decode
+from penstock.streams.index import load_records, npy_bytes, read_records
+from penstock.streams.manifest import Manifest, Shard
+from penstock.streams.tar import TarError
+
+
+def verify(manifest: Manifest, decode_images: bool = True, workers: int = 1, show: bool = True) -> list[Damage]:
+    """All that is wrong with a set; empty when it is whole."""
+    tasks = [(manifest.root, shard, decode_images) for shard in manifest.shards]
+    with progress("verifying", manifest.samples, show=show) as meter:
+        found = [damage for part in jobs.run(verify_shard, tasks, workers, meter) for damage in part]
+    known = {shard.name for shard in manifest.shards}
+    for tar in sorted(manifest.root.glob("*.tar")):
+        if tar.name not in known and not tar.name.startswith("."):
+            found.append(Damage(tar.name, "", None, "is not in the manifest"))
+    return found
+
+
+def verify_shard(root: Path, shard: Shard, decode_images: bool, advance: jobs.Advance) -> list[Damage]:
+    """All that is wrong with a shard and its index."""
+    tar = root / shard.name
+    if not tar.is_file():
+        advance(shard.samples)
+        return [Damage(shard.name, "", None, "is missing")]
+    if tar.stat().st_size == 0:
+        advance(shard.samples)
+        return [Damage(shard.name, "", 0, f"is empty; it had {shard.bytes:,} bytes")]
+    with tar.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        found = []
+        if len(data) != shard.bytes:
+            found.append(Damage(shard.name, "", None, f"has {len(data):,} bytes instead of {shard.bytes:,}"))
+        changed = hashlib.sha256(data).hexdigest() != shard.sha256
+        records, wrong = _records(root, shard, data, changed)
+        found += wrong
+        if records is None:
+            advance(shard.samples)
+            what = "bytes changed; which ones cannot be told without the index"
+            return found + ([Damage(shard.name, "", None, what)] if changed else [])
+        if changed:
+            found += locate(shard, records, data)
+        damaged = {damage.sample for damage in found}
+        if decode_images:
+            found += _undecodable(shard, records, data, damaged, advance)
+        else:
+            advance(len(records))
+    return found
+
+
+def _records(root: Path, shard: Shard, data: mmap.mmap, changed: bool) -> tuple[np.ndarray | None, list[Damage]]:
+    """The index to trust: the one on disk, or one made anew from an intact tar when that on disk is damaged."""
+    path = root / shard.index
+    if not path.is_file():
+        wrong = "is missing"
+    elif hashlib.sha256(path.read_bytes()).hexdigest() != shard.index_sha256:
+        wrong = "differs from its checksum"
+    else:
+        try:
+            return load_records(path), []
+        except InputError as error:
+            wrong = str(error)
+    if changed:
+        return None, [Damage(shard.index, "", None, wrong)]
+    remedy = "; the tar is whole, so `penstock shards index` makes the index again"
+    try:
+        records = read_records(data)
+    except TarError as error:
+        return None, [Damage(shard.index, "", None, f"{wrong}; {error.message}")]
+    if hashlib.sha256(npy_bytes(records)).hexdigest() != shard.index_sha256:
+        remedy = ""
+    return records, [Damage(shard.index, "", None, wrong + remedy)]
+
+
+def _undecodable(
+    shard: Shard, records: np.ndarray, data: mmap.mmap, damaged: set[str], advance: jobs.Advance
+) -> list[Damage]:
+    """Images that were packed as they are and yet do not decode; those known to be damaged are not tried."""
+    found = []
+    for record in records:
+        key, offset, size = record["key"].decode(), int(record["offset"]), int(record["size"])
+        if key not in damaged:
+            try:
+                decode(data[offset : offset + size])
+            except DecodeError as error:
+                found.append(Damage(shard.name, key, offset, f"does not decode: {error}"))
+        advance(1)
+    return found
+
+
+def print_damage(damage: list[Damage]) -> None:
+    """A table on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("file", "sample", "byte", "what is wrong", title=f"{len(damage)} things are wrong")
+    for each in damage:
+        table.add_row(each.file, each.sample, "" if each.byte is None else f"{each.byte:,}", each.what)
+    Console(width=None if Console().is_terminal else 200, markup=False).print(table)
