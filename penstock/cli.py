@@ -6,14 +6,17 @@ from collections.abc import Sequence
 
 from penstock import __version__
 from penstock.errors import INPUT_WRONG, STOPPED, InputError
-from penstock.streams.commands import add_commands
+from penstock.evaluate import _commands as evaluate
+from penstock.streams import commands as shards
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit code. Errors of input are told without a traceback."""
     parser = argparse.ArgumentParser(prog="penstock", description="Streams of images in, small accurate models out.")
     parser.add_argument("--version", action="version", version=__version__)
-    add_commands(parser.add_subparsers(required=True, metavar="COMMAND"))
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    shards.add_commands(commands)
+    evaluate.add_commands(commands)
     args = parser.parse_args(argv)
     try:
         return args.run(args)

@@ -1,0 +1,183 @@
+"""`penstock evaluate EXPORT DATA`. Heavy imports wait until the command runs."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from penstock.errors import DONE, InputError
+
+if TYPE_CHECKING:
+    from penstock.backbones import Backbone
+    from penstock.streams.manifest import Manifest
+
+DESCRIPTION = """Measure a backbone by kNN and a linear probe on its frozen features. --set changes an evaluation or how
+images are prepared: --set knn.k=10 --set linear.labels_per_class=[1,5] --set augment.crop_pct=1."""
+WHOLE_BELOW = 96  # pixels; backbones for smaller images see them whole, larger ones the usual centre crop
+
+
+def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser("evaluate", help="kNN and linear probe of a backbone", description=DESCRIPTION)
+    add = parser.add_argument
+    add("export", metavar="EXPORT", help="an export folder, a run folder that holds one, or timm:NAME")
+    add(
+        "data",
+        metavar="DATA",
+        type=Path,
+        help="folder that holds packed sets `train` and `val`; with --val, a set itself",
+    )
+    add("--val", metavar="DIR", type=Path, help="the packed set that is classified; DATA is then the one learned from")
+    add("--only", metavar="NAME", action="append", help="leave the other evaluations out; may be repeated")
+    add("--set", metavar="KEY=VALUE", action="append", default=[], help="an option, as knn.k=10; may be repeated")
+    add("--untrained", action="store_true", help="random weights in the same architecture: the baseline")
+    add("--limit", metavar="N", type=int, help="at most N images of each set, a fixed subset")
+    add("--batch", metavar="N", type=int, default=256, help="images per forward (256)")
+    add("--workers", metavar="N", type=int, default=2, help="decoding processes (2)")
+    add("--format", choices=("table", "json"), default="table")
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    folders = {"train": args.data / "train", "val": args.data / "val"}
+    if args.val is not None:
+        folders = {"train": args.data, "val": args.val}
+
+    from penstock import distributed
+    from penstock.evaluate import measure
+    from penstock.health import alarms
+    from penstock.streams.evaluation import EvalStream
+    from penstock.streams.images import Images
+    from penstock.streams.manifest import Manifest
+
+    manifests = {name: Manifest.load(folder) for name, folder in folders.items()}
+    _check_classes(manifests)
+    backbone = _open(args.export, args.untrained)
+    settings = _settings(args.only, args.set, backbone)
+    augment = settings.pop("augment")
+    device = distributed.device()
+    train, val = (
+        EvalStream(
+            Images(manifests[name], channels=backbone.config.channels),
+            augment,
+            batch=args.batch,
+            workers=args.workers,
+            limit=args.limit,
+            device_type=device.type,
+        )
+        for name in folders
+    )
+    measured = measure(backbone.to(device), settings, train, val, device)
+    warnings = alarms(measured.health, measured.dim)
+    if measured.unreadable:
+        warnings.append(f"{measured.unreadable} samples could not be read and are left out; `penstock shards verify`")
+    if args.format == "json":
+        counts = {"train": train.samples, "val": val.samples}
+        results = {"metrics": measured.metrics, "health": measured.health, "samples": counts, "warnings": warnings}
+        print(json.dumps(results, indent=2))
+    else:
+        _print(args, measured.metrics, measured.health, measured.dim, (train.samples, val.samples), warnings)
+    return DONE
+
+
+def _open(export: str, untrained: bool) -> "Backbone":
+    import torch
+
+    from penstock.backbones import Backbone
+    from penstock.export import CONFIG_FILE, load_export
+
+    torch.manual_seed(0)
+    if export.startswith("timm:"):
+        name = export.removeprefix("timm:")
+        return Backbone(_config(name, None if untrained else "timm"))
+    candidates = [folder for folder in (Path(export), Path(export, "export")) if (folder / CONFIG_FILE).is_file()]
+    if not candidates:
+        raise InputError(f"{export} is no export and holds none; give an export or run folder, or timm:NAME")
+    backbone = load_export(candidates[0])
+    return Backbone(backbone.config.model_copy(update={"weights": None})) if untrained else backbone
+
+
+def _config(name: str, weights: str | None) -> Any:
+    from penstock.backbones import Backbone
+    from penstock.recipe import Source, check
+
+    values = {"name": name, "weights": weights}
+    return check(Backbone.Config, Source(values=values, path=Path(f"timm:{name}")))
+
+
+def _settings(only: list[str] | None, settings: list[str], backbone: "Backbone") -> dict[str, Any]:
+    """The checked config of each evaluation by name, and under `augment` the augmentation itself."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from pydantic import create_model
+
+    from penstock.augment import AUGMENTATIONS
+    from penstock.evaluate import EVALUATIONS
+    from penstock.recipe import COMMAND_LINE, Block, Source, check, flatten, one_of
+
+    height, width = backbone.size
+    if height != width:
+        raise InputError(f"the backbone takes images of {height} x {width}, and evaluation prepares square ones only")
+    for setting in settings:
+        if "=" not in setting:
+            raise InputError(f"--set {setting}: not of the form key=value")
+    try:
+        given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(settings))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise InputError(f"--set {' '.join(settings)}: {error}") from error
+    names = only or EVALUATIONS.names()
+    kinds: dict[str, Any] = {name: (EVALUATIONS.get(name).Config, ...) for name in names}
+    augment = given.get("augment", {})
+    augment = {"name": augment} if isinstance(augment, str) else {"name": "resize_crop", **augment}
+    augment.setdefault("size", height)
+    if augment["name"] == "resize_crop":
+        augment.setdefault("crop_pct", 1.0 if height < WHOLE_BELOW else 0.875)
+    values = {name: {} for name in names} | given | {"augment": augment}
+    model = create_model("Settings", __base__=Block, augment=(one_of("penstock.augment"), None), **kinds)
+    origins = {key: COMMAND_LINE for key, _ in flatten(given)}
+    checked = check(model, Source(values=values, origins=origins, path=Path("the command line")))
+    found = {name: getattr(checked, name) for name in names}
+    return found | {"augment": AUGMENTATIONS.get(checked.augment.name)(checked.augment)}
+
+
+def _check_classes(manifests: "dict[str, Manifest]") -> None:
+    classes = {name: manifest.classes for name, manifest in manifests.items()}
+    if classes["train"] != classes["val"]:
+        raise InputError(
+            f"the training set has the classes {_some(classes['train'])}, the validation set {_some(classes['val'])}; "
+            "numbers would mean different things, so pack both from folders of the same names"
+        )
+
+
+def _some(classes: tuple[str, ...] | None) -> str:
+    return "(none)" if classes is None else f"{', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}"
+
+
+def _print(
+    args: argparse.Namespace,
+    metrics: dict[str, float],
+    health: dict[str, float],
+    dim: int,
+    samples: tuple[int, int],
+    warnings: list[str],
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    untrained = ", untrained" if args.untrained else ""
+    table = Table(title=f"{args.export}{untrained}: {samples[0]:,} training, {samples[1]:,} validation images")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        if name.endswith("_std"):
+            continue
+        spread = metrics.get(f"{name}_std")
+        shown = f"{value:g}" if name.endswith("_lr") else f"{value:.2f} %"
+        table.add_row(name, shown if spread is None else f"{value:.1f} ± {spread:.1f} %")
+    table.add_section()
+    table.add_row("spread of features (1 is ideal)", f"{health['spread']:.3f}")
+    table.add_row("effective rank", f"{health['effective_rank']:.1f} of {dim}")
+    console = Console()
+    console.print(table)
+    for warning in warnings:
+        console.print(f"[yellow]warning:[/] {warning}")
