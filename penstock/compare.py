@@ -166,6 +166,7 @@ def picture(runs: Sequence[Run], path: Path, patterns: Sequence[str] = ()) -> No
     """Curves of the runs over samples seen (over steps where a run did not count them), one panel per metric."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     names = [n for n in sorted({n for run in runs for n in run.series}) if matches(n, patterns or CURVES)]
     names = [name for name in names if any(len(run.series.get(name, ())) > 1 for run in runs)]
@@ -186,6 +187,7 @@ def picture(runs: Sequence[Run], path: Path, patterns: Sequence[str] = ()) -> No
             panel.plot(seen, [v for _, v in points], marker=marker, lw=1.2, color=f"C{position}", label=run.name)
         panel.set_title(name, fontsize=10)
         panel.grid(alpha=0.25)
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
         if index >= len(names) - columns:
             panel.set_xlabel("samples seen" if over_samples else "steps")
     handles, labels = figure.axes[0].get_legend_handles_labels()

@@ -36,7 +36,7 @@ from penstock.tracking.process import start_mirror, stop_mirror
 from penstock.tracking.store import State, check_uri, recorded_uri
 
 Status = Literal["FINISHED", "KILLED", "FAILED"]
-METRIC_NAME = re.compile(r"[\w\-./ :]{1,250}")  # MLflow's rule
+METRIC_NAME = re.compile(r"\w[\w\-./ :]{0,249}")  # MLflow's rule
 
 
 class Tracker:

@@ -25,6 +25,7 @@ from penstock.errors import InputError
 
 NAME = "journal.jsonl"
 NONFINITE = "health/nonfinite"  # how many values of the run were not finite so far
+OTHERS_WAIT = 10.0  # seconds for a process that was killed to be gone
 
 
 class Lock:
@@ -70,7 +71,7 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / NAME
         self.lock = live_lock(folder)
-        if not self.lock.take(wait=10.0):
+        if not self.lock.take(wait=OTHERS_WAIT):
             raise InputError(f"{folder}: another process is writing this run; wait for it, or choose another folder")
         cut_torn_line(self.path)
         self.attempts: list[dict[str, Any]] = []

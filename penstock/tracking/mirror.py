@@ -40,7 +40,7 @@ class Mirror:
             self._send_owed()
         except Exception as error:
             self.batch = max(SMALLEST_BATCH, self.batch // 2)
-            self.state.trouble = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            self.state.trouble = reason(error)
             self.state.save(self.folder)
             raise
         if self.state.trouble and not self.state.owed:
@@ -160,6 +160,13 @@ class Mirror:
             self.state.save(self.folder)
 
 
+def reason(error: BaseException) -> str:
+    """The innermost cause in a line: 'connection refused' lies four exceptions deep."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return cut(" ".join(f"{type(error).__name__}: {error}".split()), 300)
+
+
 def clean_key(key: str) -> str:
     return re.sub(r"[^\w\-./ :]", "_", key)[:250]
 
@@ -178,23 +185,28 @@ def use_short_timeouts() -> None:
 
 
 def open_store(uri: str) -> Any:
-    """A client that has been answered once. Processes that open one SQLite file create its tables in turn."""
+    """A client of the store. A SQLite store is made beside its place and moved there complete.
+
+    Two processes that make its tables at once, or one that is killed at it, leave a file that MLflow cannot open.
+    """
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(uri)
     path = sqlite_path(uri)
-    if path is None:
-        client.search_experiments(max_results=1)
-        return client
+    if path is None or path.exists():
+        return MlflowClient(uri)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = Lock(path.with_name(f".{path.name}.lock"))
     if not lock.take(wait=STORE_WAIT):
-        raise TimeoutError(f"{path} is being set up by another process")
+        raise TimeoutError(f"{path} is being made by another process")
     try:
-        client.search_experiments(max_results=1)
+        if not path.exists():
+            unfinished = path.with_name(f".{path.name}.unfinished")
+            unfinished.unlink(missing_ok=True)
+            MlflowClient(f"sqlite:///{unfinished}")
+            unfinished.rename(path)
     finally:
         lock.release()
-    return client
+    return MlflowClient(uri)
 
 
 def find_or_create_run(client: Any, uri: str, first: dict[str, Any], newest: dict[str, Any], started: int) -> str:
