@@ -60,8 +60,9 @@ def load_export(folder: str | Path) -> Backbone:
     """
     folder = Path(folder)
     described = folder / CONFIG_FILE
-    if not described.is_file():
-        raise InputError(f"{folder} is not an export: it has no {CONFIG_FILE}")
+    for file in (described, folder / WEIGHTS_FILE):
+        if not file.is_file():
+            raise InputError(f"{folder} is not an export: it has no {file.name}")
     try:
         about = json.loads(described.read_text(encoding="utf-8"))["penstock"]
         config = Backbone.Config(**{**about["backbone"], "weights": str(folder)})

@@ -29,9 +29,9 @@ def load_weights(model: nn.Module, path: Path, size: tuple[int, int]) -> None:
         InputError: the file cannot be read, holds another model's weights, or tensors of other shapes.
     """
     found, saved_size = read_weights(path)
-    beside = {key for key in found if _BESIDE.match(key)}
-    state = {key: value for key, value in found.items() if key not in beside}
     own = model.state_dict()
+    beside = {key for key in found if _BESIDE.match(key) and key not in own}
+    state = {key: value for key, value in found.items() if key not in beside}
     _resample_positions(state, own, model, size, saved_size)
     unexpected, missing = sorted(state.keys() - own.keys()), sorted(own.keys() - state.keys())
     fits = {key: value for key, value in state.items() if key in own}

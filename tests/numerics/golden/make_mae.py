@@ -17,14 +17,13 @@ import torch
 
 from tests.numerics import formula
 
+KEYS = ("img_size", "patch_size", "embed_dim", "depth", "num_heads",
+        "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss", "mask_ratio")  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
-    "norm_pix": dict(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=4, decoder_embed_dim=32,
-                     decoder_depth=2, decoder_num_heads=4, norm_pix_loss=True, mask_ratio=0.75),
-    "pixels": dict(img_size=24, patch_size=4, embed_dim=48, depth=3, num_heads=3, decoder_embed_dim=64,
-                   decoder_depth=1, decoder_num_heads=2, norm_pix_loss=False, mask_ratio=0.6),
-    "odd_grid": dict(img_size=40, patch_size=8, embed_dim=32, depth=1, num_heads=2, decoder_embed_dim=48,
-                     decoder_depth=3, decoder_num_heads=3, norm_pix_loss=True, mask_ratio=0.5),
-}  # fmt: skip
+    "norm_pix": dict(zip(KEYS, (32, 8, 64, 2, 4, 32, 2, 4, True, 0.75), strict=True)),
+    "pixels": dict(zip(KEYS, (24, 4, 48, 3, 3, 64, 1, 2, False, 0.6), strict=True)),
+    "odd_grid": dict(zip(KEYS, (40, 8, 32, 1, 2, 48, 3, 3, True, 0.5), strict=True)),
+}
 BATCH = 3
 
 
@@ -48,7 +47,7 @@ def main(checkout: str) -> None:
         side = options["img_size"]
         images = 2 * formula.tensor(f"images of {case}", (BATCH, 3, side, side))
         noise = formula.tensor(f"noise of {case}", (BATCH, model.patch_embed.num_patches))
-        rand, torch.rand = torch.rand, lambda *args, **kwargs: noise  # type: ignore[assignment]
+        rand, torch.rand = torch.rand, lambda *args, noise=noise, **kwargs: noise  # type: ignore[assignment]
         loss, pred, mask = model(images, ratio)
         torch.rand = rand
         loss.backward()
