@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from penstock import distributed
 from penstock.engine_settings import check_extra
+from penstock.engine_state import Masters
 from penstock.errors import InputError
 from penstock.recipe import Block
 from penstock.task import StepOutput, Task
@@ -173,31 +174,20 @@ class Engine:
         Collective: every rank calls it. At ZeRO-3 the weights are gathered one by one.
         """
         found: dict[str, Tensor] = {}
-        masters = self.masters() if self.config.zero else None
+        masters = self.masters()
         for name, param in self.task.named_parameters():
-            wanted = name.startswith(prefix)
-            if masters is not None and param.requires_grad:
-                value = masters.weight(param)
-            else:
-                value = self._full(param)
-            if wanted:
+            value = masters.weight(param)
+            if name.startswith(prefix):
                 found[name] = value.detach().to("cpu", torch.float32, copy=True)
+        persistent = self.task.state_dict(keep_vars=True).keys()
         for name, buffer in self.task.named_buffers():
-            if name.startswith(prefix) and name in self.task.state_dict(keep_vars=True):
+            if name.startswith(prefix) and name in persistent:
                 found[name] = buffer.detach().to("cpu", copy=True)
         return found
 
-    def masters(self) -> Any:
+    def masters(self) -> Masters:
         """Access to fp32 weights and optimizer state by parameter, at any ZeRO stage."""
-        from penstock.engine_state import Masters
-
-        return Masters(self._ds, self.config.zero)
-
-    def _full(self, param: nn.Parameter) -> Tensor:
-        if self.config.zero < 3:
-            return param
-        with self._gathered([param]):
-            return param.detach().clone()
+        return Masters(self._ds, self.config.zero, self._gathered)
 
     def scaler(self) -> dict[str, float]:
         """The state of fp16's dynamic loss scale; empty for other precisions."""

@@ -1,6 +1,8 @@
 """fp32 weights and optimizer state of single parameters, at any ZeRO stage, so that a checkpoint made on one number of
 ranks at one stage loads on another. (DeepSpeed's own files are pickled, and tied to both.)"""
 
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,17 +15,19 @@ class Masters:
     Every method is collective for ZeRO 1 to 3: all ranks call it for the same parameters in the same order.
     """
 
-    def __init__(self, ds: Any, stage: int):
-        self.stage = stage
+    def __init__(self, ds: Any, stage: int, gathered: Callable[[list[nn.Parameter]], AbstractContextManager]):
+        self.stage, self._gathered = stage, gathered
         self.zero = ds.optimizer
         self.optimizer: torch.optim.Optimizer = ds.basic_optimizer
         self.flat = self._flat_of_each_param()
         if stage in (1, 2) and self.optimizer.state:
+            # DeepSpeed links parameters to their state after the first group has stepped, when others have none yet.
+            self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
 
     def weight(self, param: nn.Parameter) -> Tensor:
-        if self.stage == 0:
-            return param.detach()
+        if self.stage == 0 or not param.requires_grad:
+            return self._whole(param)
         if self.stage == 3:
             return self.zero.get_full_hp_param(param)
         return param.get_full_hp_param()  # type: ignore[attr-defined]
@@ -45,12 +49,13 @@ class Masters:
         value = value.to(param.device)
         if self.stage < 3:
             param.data.copy_(value)
-        if self.stage in (1, 2):
+        if self.stage in (1, 2) and param.requires_grad:
             param.set_full_hp_param(value)  # type: ignore[attr-defined]
         elif self.stage == 3:
-            self.zero.set_local_hp_param(self._shard(param, value), param)
+            if param.requires_grad:
+                self.zero.set_local_hp_param(self._shard(param, value), param)
             param.ds_tensor.data.copy_(self._shard(param, value))  # type: ignore[attr-defined]
-            if param.ds_persist:  # type: ignore[attr-defined]
+            if param.numel():  # small weights stay whole on every rank once they were gathered
                 param.data.copy_(value)
 
     def set_state(self, param: nn.Parameter, state: dict[str, Any]) -> None:
@@ -69,6 +74,12 @@ class Masters:
                 if param._hp_mapping is not None:  # type: ignore[attr-defined]
                     param._hp_mapping.set_optim_state_fragment(flat, held)  # type: ignore[attr-defined]
                     param.set_full_hp_param(value.to(flat.device), key)  # type: ignore[attr-defined]
+
+    def _whole(self, param: nn.Parameter) -> Tensor:
+        if self.stage < 3:
+            return param.detach()
+        with self._gathered([param]):
+            return param.detach().clone()
 
     def _per_element(self, param: nn.Parameter, value: Any) -> bool:
         return torch.is_tensor(value) and value.shape == self.flat[param].shape and value.dim() > 0
@@ -96,3 +107,48 @@ def _has_elements(value: Any) -> bool:
 
 def _copy(value: Any) -> Any:
     return value.clone() if torch.is_tensor(value) else value
+
+
+def read_share(task: nn.Module, masters: Masters, rank: int, world: int) -> dict[str, Tensor]:
+    """This rank's share of a checkpoint: every world-th parameter's weight and optimizer state, and its own buffers.
+
+    Keys are `weight|NAME`, `state|KEY|NAME`, `number|KEY|NAME` (a state that is a plain number) and `buffer|NAME`.
+    Collective, since single parameters are gathered from their shards.
+    """
+    share: dict[str, Tensor] = {}
+    for index, (name, param) in enumerate(task.named_parameters()):
+        found: dict[str, Tensor] = {f"weight|{name}": masters.weight(param)}
+        for key, value in masters.state(param).items() if param.requires_grad else ():
+            if torch.is_tensor(value):
+                found[f"state|{key}|{name}"] = value
+            else:
+                found[f"number|{key}|{name}"] = torch.tensor(float(value), dtype=torch.float64)
+        if index % world == rank:
+            share |= {key: value.detach().to("cpu", copy=True).contiguous() for key, value in found.items()}
+    # Buffers can differ between ranks (statistics of a local batch norm), so each rank keeps its own.
+    persistent = task.state_dict(keep_vars=True).keys()
+    for name, buffer in task.named_buffers():
+        if name in persistent:
+            share[f"buffer|{name}"] = buffer.detach().to("cpu", copy=True).contiguous()
+    return share
+
+
+def write_all(task: nn.Module, masters: Masters, tensors: Callable[[str], Tensor], keys: Iterable[str]) -> None:
+    """Set weights, optimizer state and buffers from a checkpoint's tensors, got by key."""
+    params, buffers = dict(task.named_parameters()), dict(task.named_buffers())
+    states: dict[str, dict[str, Any]] = {}
+    for key in sorted(keys):
+        kind, *middle, name = key.split("|")
+        if kind == "weight":
+            masters.set_weight(params[name], tensors(key))
+        elif kind == "buffer":
+            buffers[name].copy_(tensors(key))
+        else:
+            states.setdefault(name, {})[middle[0]] = tensors(key) if kind == "state" else _number(tensors(key))
+    for name, state in states.items():
+        masters.set_state(params[name], state)
+
+
+def _number(value: Tensor) -> int | float:
+    number = float(value)
+    return int(number) if number.is_integer() else number

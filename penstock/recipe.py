@@ -49,7 +49,7 @@ def several_of(package: str) -> Any:
     return Annotated[Any, Choices(package)]
 
 
-# Loading ----------------------------------------------------------------------------------------------------------------
+# Loading --------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -167,7 +167,7 @@ def _short(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-# Checking ---------------------------------------------------------------------------------------------------------------
+# Checking --------------------------------------------------------------------------------------
 
 
 def check(model: type[Block], source: Source) -> Any:
@@ -283,7 +283,7 @@ def _drop(values: Any, key: str) -> None:
         values.pop(last, None)
 
 
-# Showing ----------------------------------------------------------------------------------------------------------------
+# Showing --------------------------------------------------------------------------------------
 
 
 def fields_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -1,4 +1,4 @@
-"""The engine against a plain loop in one process: every ZeRO stage, precision and accumulation, ranks with different data."""
+"""The engine against a plain loop in one process: every ZeRO stage and precision, ranks with different data."""
 
 import pytest
 import torch
