@@ -8,6 +8,7 @@ from penstock import __version__
 from penstock.errors import INPUT_WRONG, STOPPED, InputError
 from penstock.evaluate import _commands as evaluate
 from penstock.streams import commands as shards
+from penstock.tracking import commands as tracking
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     shards.add_commands(commands)
     evaluate.add_commands(commands)
+    tracking.add_commands(commands)
     args = parser.parse_args(argv)
     try:
         return args.run(args)
