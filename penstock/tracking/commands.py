@@ -3,7 +3,6 @@
 import argparse
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -72,12 +71,8 @@ def run_ui(args: argparse.Namespace) -> int:
     use_short_timeouts()
     open_store(f"sqlite:///{args.runs.resolve() / 'mlflow.db'}")  # a run and the server must not both create its tables
     print(f"MLflow: http://127.0.0.1:{args.port} (Ctrl-C ends it)", flush=True)
-    server = subprocess.Popen(server_command(args.runs, args.port), env=server_environment())
-    try:
-        return server.wait()
-    except KeyboardInterrupt:
-        server.wait()
-        return DONE
+    command = server_command(args.runs, args.port)
+    os.execve(command[0], command, server_environment())  # in this process's place, so that no server outlives it
 
 
 def server_command(runs: Path, port: int) -> list[str]:
@@ -91,6 +86,7 @@ def server_command(runs: Path, port: int) -> list[str]:
         "--port": str(port),
         "--workers": "1",
         "--allowed-hosts": ",".join(hosts),
+        "--uvicorn-opts": "--log-level warning",
     }
     return [sys.executable, "-m", "mlflow", "server", *(word for option in options.items() for word in option)]
 
