@@ -96,10 +96,10 @@ def _pack(args: argparse.Namespace) -> int:
         print(f"left out {len(done.skipped)} images that do not open:", *done.skipped[:20], sep="\n  ")
     manifest = done.manifest
     kept = f", {done.kept} of them finished before" if done.kept else ""
+    rate = f"{done.written:,} packed in {done.seconds:.1f} s, {done.written / done.seconds:,.0f} images/s"
     print(
         f"{args.dest}: {manifest.samples:,} images in {len(manifest.shards)} shards{kept}, "
-        f"{sum(shard.bytes for shard in manifest.shards) / 1e6:,.1f} MB; "
-        f"{done.written:,} packed in {done.seconds:.1f} s, {done.written / done.seconds:,.0f} images/s"
+        f"{sum(shard.bytes for shard in manifest.shards) / 1e6:,.1f} MB; {rate if done.written else 'nothing to do'}"
     )
     return DONE
 

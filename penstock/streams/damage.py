@@ -89,9 +89,10 @@ def _in_gap(file: str, data: mmap | bytes, gap: Gap) -> Iterator[Damage]:
         if member.end > gap.end:
             yield Damage(file, neighbours, position, f"the header of {member.name} has another size")
             return
-        if place := _not_zero(data, member.offset + member.size, member.end):
-            yield Damage(file, neighbours, place, f"the padding after {member.name} is not zero")
         key, _, kind = member.name.rpartition(".")
+        if place := _not_zero(data, member.offset + member.size, member.end):
+            whose = key if key in gap.labels else neighbours
+            yield Damage(file, whose, place, f"the padding after {member.name} is not zero")
         if kind.lower() == "cls" and key in gap.labels:
             try:
                 label: object = label_of(Sample(key, {"cls": member}), data)

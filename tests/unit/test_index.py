@@ -1,0 +1,251 @@
+"""Tars made elsewhere: what is read, and that nothing is misread without a word."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+
+from penstock.errors import InputError
+from penstock.streams.foreign import index_folder
+from penstock.streams.manifest import Manifest
+from tests.trees import fingerprints, image_bytes, read_plainly, write_tar
+
+JPG = image_bytes(1)
+
+
+def test_formats_labels_and_names(tmp_path):
+    write_tar(
+        tmp_path / "a.tar",
+        [
+            ("cat/x1.JPG", JPG),
+            ("cat/x1.cls", b"1\n"),
+            ("x2.png", image_bytes(2, "PNG", mode="L")),
+            ("x2.json", b'{"label": 0, "caption": "a dog"}'),
+            ("x3.json", b'{"caption": "no label"}'),
+            ("x3.webp", image_bytes(3, "WEBP")),
+            ("__meta__", b"{}"),
+        ],
+    )
+    write_tar(tmp_path / "b.tar", [("y1.jpeg", image_bytes(4)), ("y1.txt", b"words")])
+    (tmp_path / "classes.json").write_text('{"dog": 0, "cat": 1}')
+    manifest, unreadable = index_folder(tmp_path, workers=1, show=False)
+    assert not unreadable
+    assert manifest == Manifest.load(tmp_path)
+    assert manifest.classes == ("dog", "cat")
+    assert (manifest.class_counts, manifest.unlabelled) == ({0: 1, 1: 1}, 2)
+    records = np.load(tmp_path / "a.index.npy")
+    assert records["key"].tolist() == [b"cat/x1", b"x2", b"x3"]
+    assert records["label"].tolist() == [1, 0, -1]
+    assert set(read_plainly(tmp_path)) == {"cat/x1", "x2", "x3", "y1"}
+    data = (tmp_path / "a.tar").read_bytes()
+    first = records[0]
+    assert data[first["offset"] : first["offset"] + first["size"]] == JPG
+
+
+def link(name: str, kind: bytes) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, "/etc/passwd"
+    return info
+
+
+REFUSED = {
+    "dotted keys that collide": ([("img.001.jpg", JPG), ("img.002.jpg", JPG)], r"dot within its name.*'img'"),
+    "one dotted key": ([("img.v2.jpg", JPG)], r"img\.v2\.jpg has a dot"),
+    "same member twice": ([("a.jpg", JPG), ("a.jpg", JPG)], "two members of type jpg"),
+    "same member in another case": ([("a.jpg", JPG), ("a.JPG", JPG)], "two members of type jpg"),
+    "two images": ([("a.jpg", JPG), ("a.png", JPG)], r"two images, a\.jpg and a\.png"),
+    "interleaved": ([("a.jpg", JPG), ("b.jpg", JPG), ("a.cls", b"1")], r"a\.cls: other samples lie between"),
+    "no image": ([("a.jpg", JPG), ("b.cls", b"1")], "sample b has no image"),
+    "no extension": ([("README", b"x")], "no key and extension"),
+    "a pickle": ([("a.jpg", JPG), ("a.pkl", pickle.dumps(1))], r"a\.pkl is a pickle"),
+    "pyd": ([("a.jpg", JPG), ("a.PYD", b"")], "is a pickle"),
+    "pth": ([("a.jpg", JPG), ("a.emb.pth", b"")], "is a pickle"),
+    "parent folder": ([("../a.jpg", JPG)], "leaves the folder"),
+    "absolute": ([("/a.jpg", JPG)], "leaves the folder"),
+    "symbolic link": ([link("a.jpg", tarfile.SYMTYPE)], "symbolic link"),
+    "hard link": ([link("a.jpg", tarfile.LNKTYPE)], "hard link"),
+    "directory": ([link("d", tarfile.DIRTYPE)], "is a directory"),
+    "label of letters": ([("a.jpg", JPG), ("a.cls", b"cat")], r"a\.cls: the label b'cat' is not"),
+    "label below none": ([("a.jpg", JPG), ("a.cls", b"-2")], "not a class number"),
+    "label true": ([("a.jpg", JPG), ("a.json", b'{"label": true}')], "not a class number"),
+    "nothing": ([], "hold no samples"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(tmp_path, name):
+    members, said = REFUSED[name]
+    write_tar(tmp_path / "part-7.tar", members)
+    with pytest.raises(InputError, match=said) as caught:
+        index_folder(tmp_path, workers=1, show=False)
+    assert "part-7.tar" in str(caught.value) or name == "nothing"
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_extended_headers_are_refused(tmp_path):
+    long = "n" * 120
+    write_tar(tmp_path / "pax.tar", [(f"{long}.jpg", JPG)], tarfile.PAX_FORMAT)
+    with pytest.raises(InputError, match=r"pax\.tar.*pax header"):
+        index_folder(tmp_path, workers=1, show=False)
+    (tmp_path / "pax.tar").unlink()
+    write_tar(tmp_path / "gnu.tar", [(f"{long}.jpg", JPG)], tarfile.GNU_FORMAT)
+    with pytest.raises(InputError, match=r"gnu\.tar.*long name"):
+        index_folder(tmp_path, workers=1, show=False)
+
+
+def test_member_above_8_gigabytes(tmp_path):
+    """Its size is no octal number; the file itself is sparse, so that the test writes next to nothing."""
+    info = tarfile.TarInfo("big.jpg")
+    info.size = 9 << 30
+    path = tmp_path / "big.tar"
+    path.write_bytes(info.tobuf(tarfile.GNU_FORMAT))
+    os.truncate(path, 512 + info.size + 1024)
+    with pytest.raises(InputError, match=r"big\.tar.*big\.jpg has 9,663,676,416 bytes"):
+        index_folder(tmp_path, workers=1, show=False)
+
+
+def test_keys_must_differ_across_shards(tmp_path):
+    write_tar(tmp_path / "a.tar", [("x.jpg", JPG), ("twin.jpg", JPG)])
+    write_tar(tmp_path / "b.tar", [("twin.jpg", image_bytes(2))])
+    with pytest.raises(InputError, match=r"twin in a\.tar, twin in b\.tar"):
+        index_folder(tmp_path, workers=1, show=False)
+
+
+def test_every_cut_is_noticed(tmp_path):
+    """A shard of three samples cut at every block: webdataset shortens most of these without a word."""
+    members = [(f"s{i}.{kind}", image_bytes(i) if kind == "jpg" else b"1") for i in range(3) for kind in ("cls", "jpg")]
+    whole = write_tar(tmp_path / "whole.tar", members).read_bytes()
+    end = whole.rstrip(b"\0")
+    end_of_data = -(-len(end) // 512) * 512
+    path = tmp_path / "cut" / "a.tar"
+    path.parent.mkdir()
+    for length in [*range(0, end_of_data + 1024, 512), *range(100, end_of_data, 777)]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(InputError, match=r"a\.tar"):
+            index_folder(path.parent, workers=1, show=False)
+    path.write_bytes(whole[: end_of_data + 1024])  # the end mark alone, without tar's filling: a whole archive
+    assert index_folder(path.parent, workers=1, show=False)[0].samples == 3
+
+
+def test_damaged_and_doubled_tars(tmp_path):
+    members = [(f"s{i}.jpg", image_bytes(i)) for i in range(3)]
+    whole = write_tar(tmp_path / "a.tar", members).read_bytes()
+    second = whole.index(b"s1.jpg")
+    for byte in (0, 30, 130, 150, 156, 257, 300, 511):
+        damaged = bytearray(whole)
+        damaged[second + byte] ^= 0x10
+        (tmp_path / "a.tar").write_bytes(damaged)
+        with pytest.raises(InputError, match=r"a\.tar, byte .*damaged header after s0\.jpg"):
+            index_folder(tmp_path, workers=1, show=False)
+    (tmp_path / "a.tar").write_bytes(whole + whole)
+    with pytest.raises(InputError, match="followed by more data"):
+        index_folder(tmp_path, workers=1, show=False)
+    (tmp_path / "a.tar").write_bytes(os.urandom(20480))
+    with pytest.raises(InputError, match="damaged header"):
+        index_folder(tmp_path, workers=1, show=False)
+
+
+def test_folders_that_cannot_work(tmp_path):
+    with pytest.raises(InputError, match=r"no \.tar files"):
+        index_folder(tmp_path, workers=1, show=False)
+    with pytest.raises(InputError, match="is not a folder"):
+        index_folder(tmp_path / "nothing", workers=1, show=False)
+    (tmp_path / "a.tgz").write_bytes(b"")
+    with pytest.raises(InputError, match=r"a\.tgz; compressed"):
+        index_folder(tmp_path, workers=1, show=False)
+
+
+def test_too_few_names_and_unreadable_header(tmp_path):
+    write_tar(
+        tmp_path / "a.tar", [("a.jpg", JPG), ("a.cls", b"2"), ("b.jpg", pickle.dumps("no image")), ("b.cls", b"0")]
+    )
+    (tmp_path / "classes.txt").write_text("dog\ncat\n")
+    with pytest.raises(InputError, match="label 2 but only 2 class names"):
+        index_folder(tmp_path, workers=1, show=False)
+    (tmp_path / "classes.txt").write_text("dog\ncat\nowl\n")
+    manifest, unreadable = index_folder(tmp_path, workers=1, show=False)
+    assert unreadable == ["a.tar: b"]
+    assert np.load(tmp_path / "a.index.npy")["width"].tolist() == [24, 0]
+    (tmp_path / "classes.txt").unlink()
+    assert index_folder(tmp_path, workers=1, show=False)[0] == manifest  # indexed again, names are kept
+
+
+def test_a_changed_tar_is_not_blessed(tmp_path):
+    write_tar(tmp_path / "a.tar", [("a.jpg", JPG)])
+    index_folder(tmp_path, workers=1, show=False)
+    write_tar(tmp_path / "a.tar", [("a.jpg", image_bytes(9))])
+    with pytest.raises(InputError, match="changed since"):
+        index_folder(tmp_path, workers=1, show=False)
+
+
+def test_two_at_once_give_one_valid_set(tmp_path):
+    for number in range(4):
+        write_tar(tmp_path / f"{number}.tar", [(f"s{number}-{i}.jpg", image_bytes(i)) for i in range(20)])
+    line = [sys.executable, "-m", "penstock.cli", "shards", "index", str(tmp_path), "--workers", "1"]
+    both = [subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    after = fingerprints(tmp_path)
+    assert Manifest.load(tmp_path).samples == 80
+    assert len(after) == 9  # no drafts are left
+    index_folder(tmp_path, workers=1, show=False)
+    assert fingerprints(tmp_path) == after
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda content: content.update(samples=3), "changed after it was written"),
+        (lambda content: content["shards"][0].update(name="../a.tar"), "changed after it was written"),
+        (lambda content: content.update(version=9), "version 9"),
+        (lambda content: content.pop("shards"), "not a manifest"),
+        (lambda content: content["shards"][0].pop("sha256"), "not a manifest"),
+    ],
+)
+def test_changed_manifest(tmp_path, change, said):
+    write_tar(tmp_path / "a.tar", [("a.jpg", JPG)])
+    index_folder(tmp_path, workers=1, show=False)
+    path = tmp_path / "manifest.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=said):
+        Manifest.load(tmp_path)
+
+
+def test_manifest_that_leaves_its_folder(tmp_path):
+    """A manifest whose own checksum is right, written to make a reader open other files."""
+    from dataclasses import replace
+
+    write_tar(tmp_path / "a.tar", [("a.jpg", JPG)])
+    manifest, _ = index_folder(tmp_path, workers=1, show=False)
+    for name in ("../a.tar", "/etc/passwd", "pipe:rm -r x", "https://a/b.tar", "a\\b.tar", ""):
+        replace(manifest, shards=(replace(manifest.shards[0], name=name),)).save(tmp_path)
+        with pytest.raises(InputError, match="outside its folder"):
+            Manifest.load(tmp_path)
+
+
+def test_diff_in_words_and_missing_files(tmp_path):
+    write_tar(tmp_path / "a.tar", [("a.jpg", JPG), ("a.cls", b"0")])
+    write_tar(tmp_path / "b.tar", [("b.jpg", JPG)])
+    before, _ = index_folder(tmp_path, workers=1, show=False)
+    assert before.diff(before) == []
+    (tmp_path / "manifest.json").unlink()
+    write_tar(tmp_path / "b.tar", [("c.jpg", JPG), ("c.cls", b"4")])
+    after, _ = index_folder(tmp_path, workers=1, show=False)
+    assert after.identity != before.identity
+    assert after.diff(before) == [
+        "1 samples of class 4 instead of 0",
+        "other sample keys",
+        "shard b.tar has other content",
+    ]
+    (tmp_path / "a.index.npy").unlink()
+    os.truncate(tmp_path / "b.tar", 1024)
+    with pytest.raises(InputError, match=r"a\.index\.npy is missing; b\.tar has 1,024 bytes"):
+        after.check_files()
+    with pytest.raises(InputError, match=r"no manifest.*penstock shards pack"):
+        Manifest.load(tmp_path.parent)
