@@ -19,6 +19,7 @@ from torch import Tensor
 from penstock.backbones import Backbone
 from penstock.backbones.weights import CONFIG_FILE, WEIGHTS_FILE
 from penstock.errors import InputError
+from penstock.streams.atomic import sync_folder
 
 
 def export_backbone(
@@ -118,6 +119,4 @@ def _replace(partial: Path, folder: Path) -> None:
         folder.rename(old)
     partial.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-    handle = os.open(folder.parent, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    sync_folder(folder.parent)

@@ -28,15 +28,13 @@ class Decoder(nn.Module):
         )
         self.norm = LayerNorm(dim)
         self.pred = nn.Linear(dim, outputs)
-        self.grad_checkpointing = False
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
         return {"mask_token"}
 
-    def forward(self, latent: Tensor, order: Tensor, hidden: int, grid: tuple[int, int]) -> Tensor:
+    def forward(
+        self, latent: Tensor, order: Tensor, hidden: int, grid: tuple[int, int], recompute: bool = False
+    ) -> Tensor:
         """Predictions for the hidden patches, [B, hidden, outputs], in the order they have in `order`.
 
         Attention does not know the order of its tokens, so they stay in the order of the mask and each is given the
@@ -46,6 +44,7 @@ class Decoder(nn.Module):
             latent: [B, prefix + L - hidden, width], class and register tokens first, then the visible patches.
             order: int64 [B, L], places of all patches, visible ones first, the hidden ones last.
             grid: rows and columns of patches in the image.
+            recompute: activations in the backward pass, to save memory.
         """
         x = self.embed(latent)
         x = torch.cat([x, self.mask_token.expand(len(x), hidden, -1)], dim=1)
@@ -56,7 +55,7 @@ class Decoder(nn.Module):
         x = (x + F.embedding(F.pad(order + 1, (prefix, 0)), table)).to(x.dtype)
         last: Any = self.blocks[-1]
         for block in self.blocks[:-1]:
-            if self.grad_checkpointing and self.training:
+            if recompute and self.training:
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)

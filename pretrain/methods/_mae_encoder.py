@@ -9,6 +9,11 @@ from penstock.backbones import Backbone
 from penstock.errors import InputError
 from pretrain.methods._patches import sincos_positions, with_patch_input
 
+NO_VIT = (
+    "method mae needs a timm VisionTransformer, and {name} is a {kind}; "
+    "choose a backbone such as vit_small_patch16_224, or method=simclr"
+)
+
 
 def prepare(backbone: Backbone) -> Any:
     """The backbone's VisionTransformer, ready for patches: fixed positions, the paper's initial weights.
@@ -49,14 +54,12 @@ def _checked(backbone: Backbone) -> Any:
 
     vit, name = backbone.model, backbone.config.name
     if type(vit) is not VisionTransformer:
-        raise InputError(
-            f"method mae needs a timm VisionTransformer, and {name} is a {type(vit).__name__}; "
-            "choose a backbone such as vit_small_patch16_224"
-        )
+        raise InputError(NO_VIT.format(name=name, kind=type(vit).__name__))
     reasons = {
         "cuts patches in a way of its own": type(vit.patch_embed) is not PatchEmbed,
         "has no position embedding": vit.pos_embed is None,
         "drops patches by itself (patch_drop_rate)": not isinstance(vit.patch_drop, nn.Identity),
+        "sees an image as a single patch": vit.patch_embed.num_patches < 2,
         "has a width that 4 does not divide": vit.embed_dim % 4 != 0,
     }
     for reason, holds in reasons.items():

@@ -5,18 +5,18 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from penstock import keyed
-from penstock.backbones import Backbone
+from penstock.backbones import Backbone, names
 from penstock.errors import InputError
 from penstock.recipe import Block
 from penstock.schedule import Clock, Knob, trace
 from penstock.streams.batch import Batch
 from penstock.task import StepOutput, Task, weighted_mean
 from pretrain.methods._mae_decoder import Decoder
-from pretrain.methods._mae_encoder import initialize, prepare
+from pretrain.methods._mae_encoder import NO_VIT, initialize, prepare
 from pretrain.methods._mae_pictures import sheet, visible_statistics
 from pretrain.methods._patches import patchify, resample_positions, take, unpatchify
 
@@ -31,6 +31,22 @@ class Reconstruction(NamedTuple):
     losses: Tensor  # fp32 [B], mean over a sample's hidden patches
     pred: Tensor  # [B, M, p * q * C], the hidden patches in the order of `order`
     order: Tensor  # int64 [B, L], places of patches: K visible, then M hidden
+
+
+def visible_patches(patches: int, mask_ratio: float) -> int:
+    """How many of an image's patches stay visible, at least one of each kind: 49 of 196 at a ratio of 0.75."""
+    return min(max(int(patches * (1 - mask_ratio)), 1), patches - 1)
+
+
+class _Core(nn.Module):
+    """A step from images to losses as one graph for torch.compile. It owns nothing: the task sits in a tuple."""
+
+    def __init__(self, task: "MAE"):
+        super().__init__()
+        self.task = (task,)
+
+    def forward(self, images: Tensor, noise: Tensor, kept: int) -> Reconstruction:
+        return self.task[0].reconstruct_from(images, noise, kept)
 
 
 class MAE(Task):
@@ -66,6 +82,17 @@ class MAE(Task):
                 raise ValueError(f"{heads} heads do not divide decoder_dim {dim}")
             return heads
 
+    @staticmethod
+    def check_backbone(config: Backbone.Config) -> None:
+        """Refuse, from names alone, a backbone that cannot work; building it finds the rarer reasons.
+
+        Raises:
+            InputError: the model is no plain VisionTransformer.
+        """
+        if not names.is_vit(config.name):
+            kind = names.facts(config.name).kind or "model of another kind"
+            raise InputError(NO_VIT.format(name=config.name, kind=kind))
+
     def __init__(self, config: "MAE.Config", backbone: Backbone, seed: int):
         super().__init__()
         self.config, self.backbone, self.seed = config, backbone, seed
@@ -77,6 +104,7 @@ class MAE(Task):
             vit.embed_dim, config.decoder_dim, config.decoder_depth, config.decoder_heads, values, self.grid
         )
         initialize(self.decoder)
+        self.core = _Core(self)
         # A network that predicts 0 has the mean square of the target as its loss; the variance is unbiased.
         self.collapse_loss = 1 - 1 / values if config.norm_pix else None
 
@@ -84,8 +112,11 @@ class MAE(Task):
         images = batch.views[0]
         rows, columns = self.grid_of(images.shape[-2:])
         noise = keyed.uniform(self.seed, MASKS, batch.positions, rows * columns)
-        losses = self.reconstruct(images, noise, knobs["mask_ratio"]).losses
+        losses = self.core(images, noise, visible_patches(rows * columns, knobs["mask_ratio"])).losses
         return StepOutput(weighted_mean(losses, batch.weights), batch.weights.sum())
+
+    def compiled_parts(self) -> list[nn.Module]:
+        return [self.core]  # evaluations call the backbone with other shapes, and it stays as it is
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
@@ -128,14 +159,18 @@ class MAE(Task):
             images: uint8, or float and normalised, [B, C, H, W].
             noise: [B, L]; the int(L * (1 - mask_ratio)) patches with the least noise stay visible.
         """
+        return self.reconstruct_from(images, noise, visible_patches(noise.shape[1], mask_ratio))
+
+    def reconstruct_from(self, images: Tensor, noise: Tensor, kept: int) -> Reconstruction:
+        """`reconstruct` with the number of visible patches."""
         grid = self.grid_of(images.shape[-2:])
-        L = grid[0] * grid[1]
-        kept = min(max(int(L * (1 - mask_ratio)), 1), L - 1)
         order = noise.argsort(dim=1, stable=True)
         patches = patchify(images, self.patch)
         visible, hidden = order[:, :kept], order[:, kept:]
         latent = self.encode(self._normalize(take(patches, visible)), visible, grid)
-        pred = self.decoder(latent, order, L - kept, grid)
+        pred = self.decoder(
+            latent, order, order.shape[1] - kept, grid, recompute=self.backbone.model.grad_checkpointing
+        )
         error = pred.float() - self._target(self._normalize(take(patches, hidden)))
         return Reconstruction(error.square().mean(dim=(1, 2)), pred, order)
 

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 from torch import Tensor
 
 from penstock.backbones import Backbone
+from penstock.errors import InputError
 from penstock.streams.batch import Batch
 from penstock.task import weighted_mean
 from pretrain.methods._mae_pictures import visible_statistics
@@ -207,14 +209,14 @@ def test_numbers_of_visible_patches() -> None:
 def test_masks_follow_the_sample_alone() -> None:
     model = make()
     orders: list[Tensor] = []
-    inner = model.reconstruct
+    inner = model.core.forward
 
     def spy(*arguments: Any) -> Any:
         result = inner(*arguments)
         orders.append(result.order)
         return result
 
-    model.reconstruct = spy  # type: ignore[method-assign]
+    model.core.forward = spy  # type: ignore[method-assign]
     images = bytes_of(6, 3, 32, 32)
     model(batch_of(images), {"mask_ratio": 0.75})
     model(batch_of(images[4:], first=4), {"mask_ratio": 0.75})  # as another rank would see it
@@ -377,9 +379,21 @@ def test_activation_checkpointing_changes_nothing() -> None:
     plain = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
     model.backbone.model.set_grad_checkpointing()
-    model.decoder.set_grad_checkpointing()
     model(batch, {"mask_ratio": 0.75}).loss.backward()
     assert all(torch.equal(p.grad, other) for p, other in zip(model.parameters(), plain, strict=True))
+
+
+def test_compiles_as_one_graph() -> None:
+    model, batch = make(), batch_of(bytes_of(2, 3, 32, 32))
+    expected = model(batch, {"mask_ratio": 0.75}).loss
+    names = set(model.state_dict())
+    (part,) = model.compiled_parts()
+    part.compile(backend="aot_eager", fullgraph=True)
+    loss = model(batch, {"mask_ratio": 0.75}).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert set(model.state_dict()) == names and not list(part.parameters())
 
 
 def test_other_sizes_in_one_run() -> None:
@@ -387,6 +401,59 @@ def test_other_sizes_in_one_run() -> None:
     losses = [model(batch_of(bytes_of(2, 3, side, side)), {"mask_ratio": 0.75}).loss for side in (24, 32, 48)]
     sum(losses).backward()
     assert all(loss.isfinite() for loss in losses)
+
+
+# What cannot work
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"mask_ratio": 1.0}, "between 0 and 1"),
+        ({"mask_ratio": 0.0}, "between 0 and 1"),
+        ({"mask_ratio": {"name": "linear", "start": 0.5, "end": 1.2}}, "between 0 and 1"),
+        ({"mask_ratio": {"name": "cosine", "start": 0.9, "end": 0.6, "warmup": 0.1}}, "between 0 and 1"),  # from 0
+        ({"decoder_dim": 60, "decoder_heads": 16}, "do not divide"),
+        ({"decoder_dim": 6}, "multiple of 4"),
+        ({"norm_pixels": True}, "norm_pixels"),
+    ],
+)  # fmt: skip
+def test_impossible_options_are_refused(options: dict, says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        MAE.Config(**options)
+
+
+def test_a_curve_of_the_mask_ratio() -> None:
+    config = MAE.Config(mask_ratio={"name": "linear", "start": 0.5, "end": 0.9}, decoder_dim=32, decoder_heads=4)  # type: ignore[arg-type]
+    model = MAE(config, make().backbone, 0)
+    assert "reconstruction" in model.pictures(batch_of(bytes_of(2, 3, 32, 32)))
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "beit_base_patch16_224", "deit_tiny_distilled_patch16_224", "vit_base_r50_s16_224"]
+)
+def test_backbones_of_another_kind_are_refused_by_name(name: str) -> None:
+    with pytest.raises(InputError, match=f"{name} is a"):
+        MAE.check_backbone(Backbone.Config(name=name))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "options", "says"),
+    [
+        ("resnet18", 32, {}, "resnet18 is a ResNet"),
+        ("vit_tiny_patch16_224", 16, {"depth": 1}, "single patch"),
+        ("vit_tiny_patch16_224", 32, {"depth": 1, "patch_drop_rate": 0.5}, "patch_drop_rate"),
+        ("vit_tiny_patch16_224", 32, {"depth": 1, "pos_embed": "none"}, "no position embedding"),
+    ],
+)  # fmt: skip
+def test_backbones_that_do_not_work_are_refused(name: str, size: int, options: dict, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        MAE(MAE.Config(), Backbone(Backbone.Config(name=name, size=size, options=options)), 0)
+
+
+def test_images_that_the_patch_does_not_divide() -> None:
+    with pytest.raises(InputError, match="let the augmentation give 32 x 24"):
+        make()(batch_of(bytes_of(2, 3, 36, 30)), {"mask_ratio": 0.75})
 
 
 # Pictures
