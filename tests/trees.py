@@ -3,6 +3,7 @@
 import hashlib
 import io
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,9 @@ def packed(source: Path | str, dest: Path, workers: int = 1, skip_bad: int = 0, 
     return pack(open_source(str(source), options), str(source), dest, request, workers, skip_bad, show=False)
 
 
-def write_tar(path: Path, members: list[tuple[str, bytes] | tarfile.TarInfo], form: int = tarfile.USTAR_FORMAT) -> Path:
+def write_tar(
+    path: Path, members: Sequence[tuple[str, bytes] | tarfile.TarInfo], form: int = tarfile.USTAR_FORMAT
+) -> Path:
     """A tar of (name, content) pairs, and of TarInfos without content, in that order."""
     with tarfile.open(path, "w", format=form) as tar:
         for member in members:

@@ -53,7 +53,7 @@ def link(name: str, kind: bytes) -> tarfile.TarInfo:
     return info
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[list, str]] = {
     "dotted keys that collide": ([("img.001.jpg", JPG), ("img.002.jpg", JPG)], r"dot within its name.*'img'"),
     "one dotted key": ([("img.v2.jpg", JPG)], r"img\.v2\.jpg has a dot"),
     "same member twice": ([("a.jpg", JPG), ("a.jpg", JPG)], "two members of type jpg"),

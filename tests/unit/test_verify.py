@@ -173,7 +173,7 @@ def test_progress_reaches_the_total(tmp_path, monkeypatch):
     packed(class_tree(tmp_path / "tree"), tmp_path / "set")
     (tmp_path / "set" / "shard-000001.tar").unlink()
     (tmp_path / "set" / "shard-000002.index.npy").unlink()
-    counts = []
+    counts: list[int] = []
     monkeypatch.setattr(module.jobs, "run", lambda f, tasks, w, m: [f(*task, counts.append) for task in tasks])
     damage(tmp_path / "set")
     assert sum(counts) == 21
