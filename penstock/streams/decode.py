@@ -36,14 +36,11 @@ def decode(data: bytes, channels: int = 3) -> np.ndarray:
     if data[:2] == b"\xff\xd8":
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        except ValueError as error:
-            raise DecodeError(f"not a readable JPEG: {error}") from error
-        _refuse_bomb(width, height)
-        if colours in ("RGB", "YCbCr", "Gray") and not _is_turned(data):
-            try:
+            _refuse_bomb(width, height)
+            if colours in ("RGB", "YCbCr", "Gray") and not _is_turned(data):
                 return simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY", strict=True)
-            except ValueError:
-                pass  # Pillow tells harmless oddities, such as stray bytes, from lost pixels
+        except ValueError:
+            pass  # Pillow tells harmless oddities, such as stray bytes, from lost pixels
     return _with_pillow(data, channels)
 
 
