@@ -31,7 +31,7 @@ from pydantic import Field, field_validator
 
 from penstock.recipe import Block
 from penstock.schedule import Duration, Length
-from penstock.tracking.journal import NAME, Journal, flatten, read_from
+from penstock.tracking.journal import NAME, Journal, flatten, read_from, strict
 from penstock.tracking.process import start_mirror, stop_mirror
 from penstock.tracking.store import State, check_uri, recorded_uri
 
@@ -75,6 +75,7 @@ class Tracker:
         self._names: set[str] = set()
         if not active:
             return
+        uri = recorded_uri(config.uri)
         self.journal = Journal(folder)
         before = self.journal.attempts
         flat = flatten(params)
@@ -85,16 +86,19 @@ class Tracker:
                 "number": len(before) + 1,
                 "name": name,
                 "experiment": config.experiment,
-                "uri": recorded_uri(config.uri),
+                "uri": uri,
                 "params": flat,
-                "tags": {**git_tags(), **tags, "attempt": str(len(before) + 1), "folder": str(folder.resolve())},
+                "tags": {**origin(), **tags, "attempt": str(len(before) + 1), "folder": str(folder.resolve())},
                 "changed": {k: [first.get(k), flat.get(k)] for k in {*first, *flat} if first.get(k) != flat.get(k)},
             }
         )
         if (folder / "recipe.yaml").exists():
             self.artifact(folder / "recipe.yaml")
         if config.enabled:
-            self._mirror = start_mirror(folder)
+            try:
+                self._mirror = start_mirror(folder)
+            except OSError as error:
+                say(f"no mirror could be started ({error}); `penstock sync {folder}` sends the run later")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Numbers after `step` optimizer steps; a (name, step) that the journal already has stays as it is."""
@@ -109,7 +113,7 @@ class Tracker:
     def event(self, name: str, step: int, **data: Any) -> None:
         """Something worth knowing later (resumed, stopped, a step skipped); it stays in the journal."""
         if self.active:
-            self.journal.write(step=step, event=name, data=data)
+            self.journal.write(step=step, event=name, data=strict(data))
 
     def picture(self, step: int, name: str, image: Any) -> None:
         """A uint8 tensor or array [3, H, W] or [H, W, 3], kept as pictures/NAME/STEP.png."""
@@ -122,8 +126,12 @@ class Tracker:
         pixels = np.asarray(image.cpu() if hasattr(image, "cpu") else image)
         if pixels.shape[-1] != 3:
             pixels = pixels.transpose(1, 2, 0)
-        (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(self.folder / path)
+        try:
+            (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(self.folder / path)
+        except OSError as error:
+            say(f"{self.folder / path}: {error}; the run goes on without that picture")
+            return
         self.journal.picture(step, path)
 
     def artifact(self, path: Path) -> None:
@@ -142,7 +150,7 @@ class Tracker:
             self.tag(f"data.{context}.digest", digest)
 
     def flush(self) -> None:
-        """The journal onto the disk itself; call before a checkpoint counts as complete."""
+        """The journal onto the disk itself; call before a checkpoint counts as complete. Raises OSError."""
         if self.active:
             self.journal.flush()
 
@@ -152,30 +160,32 @@ class Tracker:
             return
         self.active = False
         self.journal.write(status=status)
-        self.journal.flush()
         if self._mirror:
             stop_mirror(self._mirror)
             state = State.load(self.folder)
             left = sum(1 for _ in read_from(self.folder / NAME, state.offset)) + len(state.owed)
             if left:
-                print(
-                    f"tracking: {left} journal lines are not in MLflow yet ({state.trouble or 'it was too slow'}); "
-                    f"`penstock sync {self.folder}` sends them",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                why = state.trouble or "it was too slow"
+                say(f"{left} journal lines are not in MLflow yet ({why}); `penstock sync {self.folder}` sends them")
         self.journal.close()
 
 
-def git_tags() -> dict[str, str]:
-    """Commit of the checkout that runs, and whether it was changed; empty outside a checkout."""
+def say(text: str) -> None:
+    print(f"tracking: {text}", file=sys.stderr, flush=True)
 
-    def git(*command: str) -> str:
-        root = Path(__file__).parent
-        return subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, check=True).stdout
 
+def origin() -> dict[str, str]:
+    """Tags that say where an attempt ran: commit of the checkout, whether it was changed, ranks, Slurm job."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    variables = {"world_size": "WORLD_SIZE", "slurm.job_id": "SLURM_JOB_ID"}
+    tags = {tag: os.environ[variable] for tag, variable in variables.items() if variable in os.environ}
     try:
-        commit, changes = git("rev-parse", "HEAD").strip(), git("status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.CalledProcessError):
-        return {}
-    return {"git.commit": commit, "git.dirty": str(bool(changes.strip())).lower()}
+        tags["git.commit"] = git("rev-parse", "HEAD")
+        tags["git.dirty"] = str(bool(git("status", "--porcelain", "--untracked-files=no"))).lower()
+    except (OSError, subprocess.SubprocessError):
+        pass  # not a checkout
+    return tags

@@ -94,12 +94,15 @@ class Journal:
         entry = {"time": time.time_ns() // 1_000_000, **line}
         self._unwritten += json.dumps(entry, allow_nan=False, separators=(",", ":"), default=str).encode() + b"\n"
         try:
-            while self._unwritten:
-                self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
+            self._write_all()
         except OSError as error:
             if not self._warned:
                 print(f"{self.path}: {error}; its lines wait in memory", file=sys.stderr, flush=True)
             self._warned = True
+
+    def _write_all(self) -> None:
+        while self._unwritten:
+            self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         fresh = {name: float(value) for name, value in metrics.items() if self.is_new(name, step)}
@@ -109,7 +112,7 @@ class Journal:
             fresh[NONFINITE] = float(self._nonfinite)
         if fresh:
             self._steps.update(dict.fromkeys(fresh, step))
-            self.write(step=step, metrics={n: v if math.isfinite(v) else str(v) for n, v in fresh.items()})
+            self.write(step=step, metrics=strict(fresh))
 
     def picture(self, step: int, path: str) -> None:
         self._steps[path] = step
@@ -119,12 +122,22 @@ class Journal:
         return step > self._steps.get(name, -1)
 
     def flush(self) -> None:
-        """Onto the disk itself: called before a checkpoint counts as complete."""
+        """Onto the disk itself: called before a checkpoint counts as complete. Raises OSError where that fails."""
+        self._write_all()
         os.fsync(self._file)
 
     def close(self) -> None:
         os.close(self._file)
         self.lock.release()
+
+
+def strict(value: Any) -> Any:
+    """The same with numbers that are not finite as strings, since JSON has none."""
+    if isinstance(value, Mapping):
+        return {str(key): strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def live_lock(folder: Path) -> Lock:

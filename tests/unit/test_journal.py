@@ -27,8 +27,8 @@ def test_every_call_is_on_disk_when_it_returns(tmp_path):
     run = tracker(tmp_path / "run")
     run.log(1, {"train/loss": 0.1 + 0.2, "train/lr": 1})
     assert lines(tmp_path / "run")[-1]["metrics"] == {"train/loss": 0.1 + 0.2, "train/lr": 1.0}
-    run.event("skipped", 2, reason="not finite")
-    assert lines(tmp_path / "run")[-1]["data"] == {"reason": "not finite"}
+    run.event("skipped", 2, loss=math.nan, keys=["a/1", 2, math.inf], where=Path("x"))
+    assert lines(tmp_path / "run")[-1]["data"] == {"loss": "nan", "keys": ["a/1", 2, "inf"], "where": "x"}
     run.close("FINISHED")
     assert lines(tmp_path / "run")[-1]["status"] == "FINISHED"
 
@@ -153,6 +153,8 @@ def test_a_full_disk_loses_no_line(tmp_path, monkeypatch, capsys):
     journal.metrics(1, {"a": 1.0})
     journal.metrics(2, {"a": 2.0})
     assert "No space left" in capsys.readouterr().err
+    with pytest.raises(OSError):
+        journal.flush()  # a checkpoint after these lines must not count
     room = 10_000
     journal.metrics(3, {"a": 3.0})
     assert [line["step"] for line in read_lines(tmp_path / "journal.jsonl")] == [1, 2, 3]
