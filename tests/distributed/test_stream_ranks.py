@@ -50,7 +50,7 @@ def test_ledger_and_digest_through_restarts(ranks, tmp_path):
     assert third[0] == third[1]
     assert [checked for checked, _, _ in (first[0], second, third[0])] == [[0], [1], [2, 3]]
     assert all(error is None for _, _, error in (*first, second, *third))
-    ledger = read_ledger(tmp_path / "ledger")
+    ledger = read_ledger(run)
     assert list(ledger) == list(range(12))
     for step, records in ledger.items():
         positions = sorted(position for record in records for position in record["positions"])
