@@ -169,11 +169,10 @@ def _print(
     table.add_column("figure")
     table.add_column("value", justify="right")
     for name, value in metrics.items():
-        if name.endswith("_std"):
+        if name.endswith(("_std", "_lr", "_whitened")):  # how the probe was set, not how good it is
             continue
         spread = metrics.get(f"{name}_std")
-        shown = f"{value:g}" if name.endswith("_lr") else f"{value:.2f} %"
-        table.add_row(name, shown if spread is None else f"{value:.1f} ± {spread:.1f} %")
+        table.add_row(name, f"{value:.2f} %" if spread is None else f"{value:.1f} ± {spread:.1f} %")
     table.add_section()
     table.add_row("spread of features (1 is ideal)", f"{health['spread']:.3f}")
     table.add_row("effective rank", f"{health['effective_rank']:.1f} of {dim}")
