@@ -47,8 +47,17 @@ class Checkpoints:
 
     # Saving -------------------------------------------------------------------------------------------------------
 
-    def save(self, engine: Engine, step: int, state: Mapping[str, Any], forever: bool = False) -> str | None:
+    def save(
+        self,
+        engine: Engine,
+        step: int,
+        state: Mapping[str, Any],
+        meters: Mapping[str, Tensor] | None = None,
+        forever: bool = False,
+    ) -> str | None:
         """Write a checkpoint; collective. Returns what went wrong, on every rank, when it could not be written.
+
+        `state` is JSON-ready and the same on all ranks; `meters` are this rank's open sums.
 
         Whatever happens at any byte, earlier checkpoints stay as they were.
         """
@@ -58,6 +67,7 @@ class Checkpoints:
             trouble = _attempt(lambda: _fresh(partial))
         trouble = distributed.broadcast(trouble)
         share = read_share(engine.task, engine.masters(), distributed.rank(), distributed.world())
+        share |= {f"meter|{name}": value for name, value in (meters or {}).items()}
         written: dict[str, Any] = {}
         if trouble is None:
             file = partial / f"rank-{distributed.rank():05d}.safetensors"
@@ -112,8 +122,10 @@ class Checkpoints:
                 passed.append(f"{path.name} is damaged ({fault})")
         return distributed.broadcast((chosen, passed))
 
-    def restore(self, engine: Engine) -> tuple[dict[str, Any] | None, list[str]]:
+    def restore(self, engine: Engine, meters: dict[str, Tensor] | None = None) -> tuple[dict[str, Any] | None, list[str]]:
         """Load the newest good checkpoint: its state (None for a fresh start), and warnings. Collective.
+
+        `meters` receives this rank's open sums (all ranks' on rank 0, when their number has changed).
 
         Raises:
             InputError: there is none though `resume` says must, there is one though it says never, all are damaged, or
@@ -133,22 +145,30 @@ class Checkpoints:
                 f"{self.folder.parent} already holds a run, at {path.name}, and checkpoint.resume is 'never'; "
                 "give another name or folder (name=..., out=...), or checkpoint.resume=auto to continue it"
             )
-        self.load(engine, path)
+        found = self.load(engine, path)
+        if meters is not None:
+            meters.update(found)
         return _read_json(path / STATE), passed
 
-    def load(self, engine: Engine, path: Path) -> None:
-        """Set weights, optimizer state and buffers from one checkpoint."""
+    def load(self, engine: Engine, path: Path) -> dict[str, Tensor]:
+        """Set weights, optimizer state and buffers from one checkpoint; this rank's meters."""
         from safetensors import safe_open
 
         own = f"rank-{distributed.rank():05d}.safetensors"
         state = _read_json(path / STATE)
-        buffers_from = own if state["world"] == distributed.world() else "rank-00000.safetensors"
+        same_world = state["world"] == distributed.world()
+        buffers_from = own if same_world else "rank-00000.safetensors"
         place: dict[str, Any] = {}
         shapes: dict[str, tuple[int, ...]] = {}
+        meters: dict[str, Tensor] = {}
         for file in sorted(path.glob("rank-*.safetensors")):
             opened = safe_open(file, framework="pt")
             for key in opened.keys():  # noqa: SIM118 - not a mapping
-                if not key.startswith("buffer|") or file.name == buffers_from:
+                if key.startswith("meter|"):
+                    if file.name == own if same_world else distributed.is_main():
+                        name = key.removeprefix("meter|")
+                        meters[name] = meters.get(name, 0) + opened.get_tensor(key)
+                elif not key.startswith("buffer|") or file.name == buffers_from:
                     place[key] = opened
                     shapes[key] = tuple(opened.get_slice(key).get_shape())
         _check_same_model(engine, shapes, path)
@@ -158,6 +178,7 @@ class Checkpoints:
 
         write_all(engine.task, engine.masters(), tensor, place)
         engine.restore_scaler(state["fp16"])
+        return meters
 
 
 def name_of(step: int) -> str:

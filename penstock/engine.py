@@ -8,6 +8,7 @@ all ranks at every stage, and weights and optimizer state are read and written a
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class Step:
 
     applied: bool
     grad_norm: float
+    stop: bool = False  # some rank was asked to stop
 
 
 class Engine:
@@ -91,6 +93,7 @@ class Engine:
         self.groups: list[dict[str, Any]] = self._ds.optimizer.param_groups
         self._micro_step = 0
         self._total: Tensor | None = None
+        self._stop = torch.zeros(())
         self._broadcast_buffers()
         self.names = [name for name, param in task.named_parameters() if param.requires_grad]
         if config.compile:
@@ -105,9 +108,13 @@ class Engine:
             group["lr"] = knobs["lr"] * group["lr_scale"]
             group["weight_decay"] = knobs["weight_decay"] if group["decayed"] else 0.0
 
-    def begin(self, valid: Tensor) -> None:
-        """Start a step whose micro-batches on this rank hold `valid` samples of weight > 0 (a float scalar)."""
-        self._total = distributed.all_sum(valid.to(self.device)).clamp(min=1)
+    def begin(self, valid: Tensor, stop: bool = False) -> None:
+        """Start a step whose micro-batches on this rank hold `valid` samples of weight > 0 (a float scalar).
+
+        One reduction tells all ranks both the samples of the step and whether any rank was asked to stop.
+        """
+        votes = distributed.all_sum(torch.stack([valid.float(), torch.tensor(float(stop))]).to(self.device))
+        self._total, self._stop = votes[0].clamp(min=1), votes[1]
         self._micro_step = 0
 
     def forward(self, batch: Any, knobs: Mapping[str, float]) -> StepOutput:
@@ -132,12 +139,13 @@ class Engine:
             raise RuntimeError(f"{self._micro_step} backwards in a step of {self.accumulation} micro-batches")
         self._total = None
         if self.config.zero == 0:
-            return self._step_plain()
-        self._ds.step()
-        norm = float(self._ds.get_global_grad_norm() or 0.0)
-        return Step(self._ds.was_step_applied(), norm)
+            applied, norm = self._step_plain()
+        else:
+            self._ds.step()
+            applied, norm = self._ds.was_step_applied(), float(self._ds.get_global_grad_norm() or 0.0)
+        return Step(applied, norm, bool(self._stop > 0))
 
-    def _step_plain(self) -> Step:
+    def _step_plain(self) -> tuple[bool, float]:
         # At stage 0 DeepSpeed would let a NaN into the weights, and does not tell the norm it clips by.
         params = [param for param in self.task.parameters() if param.grad is not None]
         norm = nn.utils.get_total_norm([param.grad for param in params if param.grad is not None])
@@ -149,7 +157,7 @@ class Engine:
             self._ds.step()
         else:
             self._ds.zero_grad()
-        return Step(applied, value)
+        return applied, value
 
     # Evaluation ---------------------------------------------------------------------------------------------------
 
@@ -230,6 +238,22 @@ def settings(config: Engine.Config, micro_batch: int) -> dict[str, Any]:
     for key, value in config.deepspeed.items():
         made[key] = {**made[key], **value} if isinstance(value, dict) and isinstance(made.get(key), dict) else value
     return made
+
+
+def start_ranks() -> None:
+    """Join the other ranks (torchrun's environment says how); a process on its own becomes a group of one."""
+    if distributed.started():
+        return
+    if "RANK" not in os.environ:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ.update(alone)
+    device = distributed.device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
 def _import_deepspeed(device: torch.device) -> Any:

@@ -28,6 +28,10 @@ class Meter:
         elif time.monotonic() - self._said >= PLAIN_LINE_EVERY:
             self.say()
 
+    def note(self, text: str) -> None:
+        """Words shown behind the count from now on."""
+        self.note_text = text
+
     def say(self) -> None:
         self._said = time.monotonic()
         rate = (self.count - self._start) / max(self._said - self._began, 1e-9)

@@ -180,6 +180,22 @@ def knobs_of(config: BaseModel) -> dict[str, Any]:
     return {name: getattr(config, name) for name, field in fields.items() if field.annotation == Knob}
 
 
+class Curves:
+    """The values that follow a curve over a run, by name.
+
+    Args:
+        knobs: numbers or curves.
+        scale: factors on some of them; a schedule of the learning rate is a fraction of its peak.
+    """
+
+    def __init__(self, knobs: Mapping[str, Any], clock: Clock, scale: Mapping[str, float] | None = None):
+        self.knobs, self.clock, self.scale = dict(knobs), clock, dict(scale or {})
+
+    def at(self, applied: int) -> dict[str, float]:
+        """Values for the update that follows `applied` updates."""
+        return {n: value_at(k, applied, self.clock) * self.scale.get(n, 1.0) for n, k in self.knobs.items()}
+
+
 def trace(knobs: Mapping[str, Any], clock: Clock, points: int = 200) -> dict[str, list[tuple[int, float]]]:
     """Each knob's (step, value) at up to `points` steps from first to last, for plots and tests."""
     steps = sorted({round(i * (clock.total - 1) / max(points - 1, 1)) for i in range(points)})

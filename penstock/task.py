@@ -39,6 +39,11 @@ class Task(nn.Module):
     def forward(self, batch: "Batch", knobs: Mapping[str, float]) -> StepOutput:
         raise NotImplementedError
 
+    @classmethod
+    def conflicts(cls, recipe: Any) -> list[str]:
+        """What in a recipe this task cannot work with; each says the key, the value and what to write instead."""
+        return []
+
     def after_step(self, engine: Any, knobs: Mapping[str, float]) -> None:
         """Called after each applied optimizer step: EMA teachers, queues, centres."""
 

@@ -1,0 +1,173 @@
+"""What `python -m pretrain` and `python -m finetune` share: the command line, and a run from a recipe."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from penstock.checkpoint import Checkpoints
+from penstock.engine import Engine
+from penstock.errors import DONE, FAILED, INPUT_WRONG, STOPPED, InputError, RunFailed
+from penstock.monitor import Monitor
+from penstock.optim import Optim
+from penstock.recipe import DEFAULT, Block, Source, check, fields_of, load, one_of, resolved, several_of, to_yaml
+from penstock.schedule import Duration, Length
+from penstock.streams.data import Data
+from penstock.tracking import Tracker
+
+
+class Recipe(Block):
+    """The blocks every stage has; a stage adds its own."""
+
+    name: str = Field(description="the run's name, and its folder under `out`")
+    out: Path = Field(Path("runs"), description="folder of all runs")
+    seed: int = Field(0, ge=0, description="of weights, order, augmentation and masks")
+    duration: Duration = Field(description="how long to train: steps, epochs or samples")
+    batch: int = Field(gt=0, description="samples per optimizer step, over all ranks and micro-batches")
+    data: Data.Config
+    augment: one_of("penstock.augment")  # type: ignore[valid-type]
+    optim: Optim.Config
+    engine: Engine.Config = Engine.Config()
+    evaluate: several_of("penstock.evaluate") = Field({}, description="evaluations by name")  # type: ignore[valid-type]
+    monitor: Monitor.Config = Monitor.Config()
+    checkpoint: Checkpoints.Config = Checkpoints.Config()
+    tracking: Tracker.Config = Tracker.Config()
+
+    @field_validator("name")
+    @classmethod
+    def _folder_name(cls, name: str) -> str:
+        if not name or name.startswith(".") or "/" in name:
+            raise ValueError("a run's name is the name of its folder: letters, digits, - and _")
+        return name
+
+    @field_validator("duration")
+    @classmethod
+    def _absolute(cls, duration: Length) -> Length:
+        if duration.unit == "%" or duration.amount <= 0:
+            raise ValueError("the run's own length is given in steps, epochs or samples, such as '100 epochs'")
+        return duration
+
+    def evaluate_blocks(self) -> dict[str, Any]:
+        """The evaluations that are on, by name."""
+        blocks = self.evaluate if isinstance(self.evaluate, dict) else dict(self.evaluate or {})
+        return {name: block for name, block in blocks.items() if block is not None}
+
+    @property
+    def folder(self) -> Path:
+        return self.out / self.name
+
+
+Start = Callable[[Any], int]
+
+
+def main(stage: str, model: type[Recipe], start: Start, argv: Sequence[str] | None = None) -> int:
+    """Run a stage's command line; its exit code: 0 done, 1 failed, 2 the input is wrong, 75 stopped and resumable."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {stage}",
+        description=f"Run a {stage} recipe. Any value can be given on the command line as key=value.",
+        add_help=False,
+    )
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a YAML file, such as those in configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's")
+    parser.add_argument("--check", action="store_true", help="only say whether the recipe can run")
+    parser.add_argument("--explain", action="store_true", help="print every value and where it came from")
+    parser.add_argument("--help", "-h", action="store_true", help="this text, and everything a recipe can set")
+    args = parser.parse_args(argv)
+    main_rank = os.environ.get("RANK", "0") == "0"
+    try:
+        if args.help or args.recipe is None:
+            parser.print_help()
+            _print_keys(model, load(args.recipe, args.overrides) if args.recipe else None)
+            return DONE if args.help else INPUT_WRONG
+        source = load(args.recipe, args.overrides)
+        recipe = check(model, source)
+        if args.explain:
+            _explain(recipe, source)
+        if args.check:
+            print(f"{args.recipe}: good. {recipe.name}: {recipe.duration} in batches of {recipe.batch}")
+        return DONE if args.check or args.explain else _exit(start(recipe))
+    except InputError as error:
+        if main_rank or getattr(error, "only_here", False):
+            print(f"{stage}: {error}", file=sys.stderr, flush=True)
+        return _exit(INPUT_WRONG)
+    except RunFailed as error:
+        if main_rank:
+            print(f"{stage}: {error}", file=sys.stderr, flush=True)
+        return _exit(FAILED)
+
+
+def _exit(code: int) -> int:
+    """Under our launcher the code goes through a file: torchrun turns every code but 0 into 1 and a traceback."""
+    path = os.environ.get("PENSTOCK_EXIT_FILE")
+    if path is None or code == FAILED:
+        return code
+    if os.environ.get("RANK", "0") == "0" or code != DONE:
+        Path(path).write_text(str(code), encoding="utf-8")
+    return DONE
+
+
+def _explain(recipe: Recipe, source: Source) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from penstock.recipe import flatten
+
+    table = Table("key", "value", "from", box=None, pad_edge=False)
+    for key, value in flatten(resolved(recipe)):
+        table.add_row(key, json.dumps(value) if not isinstance(value, str) else value, source.origins.get(key, DEFAULT))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _print_keys(model: type[Recipe], source: Source | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from penstock.recipe import Choice, Choices, concrete
+    from penstock.registry import Registry
+
+    shown = concrete(model, source.values, {}) if source else model
+    table = Table("key", "default", "what it is", box=None, pad_edge=False)
+    for key, info, _ in fields_of(shown):
+        marks = [mark for mark in info.metadata if isinstance(mark, (Choice, Choices))]
+        about = info.description or ""
+        if marks:
+            about = f"{about} one of: {', '.join(Registry(marks[0].package).names())}; name it for its keys".strip()
+        table.add_row(key, "required" if info.is_required() else str(info.get_default(call_default_factory=True)), about)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print("\nWhat a recipe can set (give a RECIPE to see the keys of the components it names):")
+    console.print(table)
+
+
+def save_recipe(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Write the resolved recipe into the run folder; what differs from the recipe of the attempt before."""
+    import yaml
+
+    from penstock.recipe import difference
+
+    path = recipe.folder / "recipe.yaml"
+    before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    recipe.folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(to_yaml(recipe), encoding="utf-8")
+    partial.replace(path)
+    return difference(before, resolved(recipe)) if before is not None else {}
+
+
+def since_launch() -> float:
+    """Seconds since the command was given: the launcher's start, or else this process's."""
+    began = os.environ.get("PENSTOCK_BEGAN")
+    return time.time() - float(began) if began else time.clock_gettime(time.CLOCK_BOOTTIME) - _process_start()
+
+
+def _process_start() -> float:
+    fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+__all__ = ["STOPPED", "Recipe", "Start", "main", "save_recipe", "since_launch"]

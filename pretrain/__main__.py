@@ -1,0 +1,16 @@
+"""`python -m pretrain RECIPE [key=value ...]`"""
+
+import sys
+
+from penstock.stage import main
+from pretrain.recipe import Pretrain
+
+
+def start(recipe: Pretrain) -> int:
+    from pretrain.run import start as run  # torch, timm and DeepSpeed load when a recipe is known to be good
+
+    return run(recipe)
+
+
+if __name__ == "__main__":
+    sys.exit(main("pretrain", Pretrain, start))

@@ -1,0 +1,38 @@
+"""What a pretraining recipe may say."""
+
+from pydantic import model_validator
+
+from penstock.backbones.backbone import Backbone
+from penstock.optim import NEEDS_SHAPES
+from penstock.recipe import one_of
+from penstock.stage import Recipe
+
+
+class Pretrain(Recipe):
+    """A backbone pretrained without labels."""
+
+    backbone: Backbone.Config
+    method: one_of("pretrain.methods")  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Pretrain":
+        from penstock.registry import Registry
+
+        method = Registry("pretrain.methods").get(self.method.name)
+        if method.looks_across_samples and self.engine.accumulation > 1:
+            raise ValueError(
+                f"engine.accumulation: {self.engine.accumulation} would shrink the batch that {self.method.name} "
+                "compares images in; set it to 1, and use more ranks or engine.checkpointing to save memory"
+            )
+        if self.optim.name in NEEDS_SHAPES and self.engine.zero > 0:
+            raise ValueError(
+                f"optim.name: {self.optim.name} needs whole parameters, which ZeRO-{self.engine.zero} cuts into flat "
+                "pieces; set engine.zero=0, or optim.name=adamw"
+            )
+        if self.backbone.channels != self.data.channels:
+            raise ValueError(
+                f"data.channels is {self.data.channels} and backbone.channels {self.backbone.channels}; they must agree"
+            )
+        for problem in method.conflicts(self):
+            raise ValueError(problem)
+        return self
