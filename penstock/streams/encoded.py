@@ -11,6 +11,8 @@ from penstock.streams.decode import DecodeError, decode
 
 EXTENSIONS = {"jpg", "jpeg", "png", "webp"}  # kept as they are
 READABLE = EXTENSIONS | {"bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "jp2", "jfif", "tga"}  # become PNG
+# Parsers that files may reach: Pillow would hand others, such as EPS, to programs outside.
+PARSERS = ("BMP", "GIF", "TIFF", "PPM", "JPEG2000", "TGA")
 PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}
 
 
@@ -39,7 +41,7 @@ def image_size(data: bytes) -> tuple[int, int]:
         if kind == "png":
             return struct.unpack(">II", data[16:24])
         if kind == "webp":
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=("WEBP",)) as image:
                 return image.size
     except Exception:  # decoders raise many types on damaged bytes
         return 0, 0
@@ -58,7 +60,7 @@ def storable(data: bytes) -> tuple[bytes, str]:
         decode(data)
         return data, kind
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=PARSERS) as image:
             return encode_png(ImageOps.exif_transpose(image)), "png"
     except UnidentifiedImageError:
         raise DecodeError("not an image of a known kind") from None

@@ -124,7 +124,7 @@ def label_of(sample: Sample, data: mmap.mmap | bytes) -> int:
         text = data[member.offset : member.offset + member.size]
         try:
             value = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = text[:40]
         if suffix == "json" and isinstance(value, dict):
             if "label" not in value:

@@ -59,7 +59,7 @@ class Manifest:
             )
             what = f"has {state}" if path.parent.is_dir() else "is not a folder"
             raise InputError(f"{folder} {what}{REMEDY}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path} cannot be read: {error}{REMEDY}") from None
         if isinstance(content, dict) and content.get("version", VERSION) != VERSION:
             raise InputError(f"{path} has version {content['version']}; this Penstock reads version {VERSION}")

@@ -278,8 +278,13 @@ def _claimed(dest: Path) -> Iterator[None]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = os.path.samestat(os.fstat(lock.fileno()), (dest / LOCK).stat())
+        except (BlockingIOError, FileNotFoundError):
+            alone = False
         except OSError:
-            raise InputError(f"another process is packing into {dest}; wait for it, or give another DEST") from None
+            alone = True  # a file system without locks, where a second pack goes unnoticed
+        if not alone:
+            raise InputError(f"another process is packing into {dest}; wait for it, or give another DEST")
         for draft in dest.glob(".*.tmp-*"):
             draft.unlink(missing_ok=True)
         try:

@@ -24,7 +24,10 @@ KINDS = {
     tarfile.GNUTYPE_LONGNAME: "a GNU long name",
     tarfile.GNUTYPE_SPARSE: "a sparse file",
 }
-REMAKE = "make the tar with `tar --format=ustar --no-recursion`, plain files only, or pack the images with Penstock"
+REMAKE = (
+    "make the tar of plain files with `tar --format=ustar` (in Python, tarfile.USTAR_FORMAT), or unpack it and use "
+    "`penstock shards pack`"
+)
 
 
 class TarError(Exception):

@@ -73,6 +73,7 @@ REFUSED: dict[str, tuple[list, str]] = {
     "label of letters": ([("a.jpg", JPG), ("a.cls", b"cat")], r"a\.cls: the label b'cat' is not"),
     "label below none": ([("a.jpg", JPG), ("a.cls", b"-2")], "not a class number"),
     "label true": ([("a.jpg", JPG), ("a.json", b'{"label": true}')], "not a class number"),
+    "label too deep": ([("a.jpg", JPG), ("a.json", b"[" * 100_000)], "not a class number"),
     "nothing": ([], "hold no samples"),
 }
 
@@ -249,3 +250,8 @@ def test_diff_in_words_and_missing_files(tmp_path):
         after.check_files()
     with pytest.raises(InputError, match=r"no manifest.*penstock shards pack"):
         Manifest.load(tmp_path.parent)
+
+
+def test_manifests_and_commands_need_no_torch():
+    code = "import sys, penstock.streams.manifest, penstock.streams.commands; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -66,6 +66,15 @@ def test_names_that_would_collide_or_end_a_key(tmp_path):
     assert stored == {image_bytes(number) for number in range(len(names))}
 
 
+def test_no_outside_program_is_started_for_a_file(tmp_path):
+    """Pillow gives PostScript to Ghostscript; a file may hold it under any name."""
+    folder = tmp_path / "tree"
+    folder.mkdir()
+    (folder / "a.bmp").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(InputError, match=r"a\.bmp: not an image of a known kind"):
+        packed(folder, tmp_path / "set")
+
+
 @pytest.mark.parametrize("case", ["empty", "text", "mixed", "splits", "loop"])
 def test_folders_that_cannot_work(tmp_path, case):
     folder = tmp_path / "tree"
