@@ -67,7 +67,8 @@ def locate(shard: Shard, records: np.ndarray, data: mmap | bytes) -> list[Damage
 def _in_gap(file: str, data: mmap | bytes, gap: Gap) -> Iterator[Damage]:
     neighbours = " or ".join(key for key in (gap.before, gap.after) if key)
     if gap.end > len(data):
-        yield Damage(file, neighbours, min(gap.start, len(data)), f"cut off {gap}")
+        if gap.start <= len(data):  # further on, the images themselves are missing
+            yield Damage(file, neighbours, len(data), f"cut off {gap}")
         return
     position = padded(gap.start)
     if place := _not_zero(data, gap.start, position):

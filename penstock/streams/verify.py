@@ -1,6 +1,7 @@
 """Every byte of a set against its checksums, and every image through the decoder."""
 
 import hashlib
+import itertools
 import mmap
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from penstock.streams.decode import DecodeError, decode
 from penstock.streams.index import load_records, npy_bytes, read_records
 from penstock.streams.manifest import Manifest, Shard
 from penstock.streams.tar import TarError
+
+MOST_ROWS = 50
 
 
 def verify(manifest: Manifest, decode_images: bool = True, workers: int = 1, show: bool = True) -> list[Damage]:
@@ -99,11 +102,15 @@ def _undecodable(
 
 
 def print_damage(damage: list[Damage]) -> None:
-    """A table on standard output."""
+    """A table on standard output, with at most `MOST_ROWS` rows a file."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("file", "sample", "byte", "what is wrong", title=f"{len(damage)} things are wrong")
-    for each in damage:
-        table.add_row(each.file, each.sample, "" if each.byte is None else f"{each.byte:,}", each.what)
+    table = Table("file", "sample", "byte", "what is wrong", title=f"{len(damage):,} things are wrong")
+    for file, found in itertools.groupby(damage, key=lambda each: each.file):
+        rows = list(found)
+        for each in rows[:MOST_ROWS]:
+            table.add_row(file, each.sample, "" if each.byte is None else f"{each.byte:,}", each.what)
+        if len(rows) > MOST_ROWS:
+            table.add_row(file, "", "", f"and {len(rows) - MOST_ROWS:,} more")
     Console(width=None if Console().is_terminal else 200, markup=False).print(table)
