@@ -114,11 +114,10 @@ class _TrainPlan:
         stream = self.stream
         steps, part = divmod(number, stream.accumulation)
         begin = self.since + steps * stream.batch + part * (stream.batch // stream.accumulation)
-        # Rank r serves the positions that are r modulo the world size: an equal share of every micro-batch, and when
-        # the world size divides the lanes, always the same lanes of an epoch.
-        first = begin + (stream.rank - begin) % stream.world
+        # Each rank serves every world-th position: an equal share of every micro-batch, and when the world size divides
+        # the lanes, always the same lanes of an epoch.
         count = stream.batch // (stream.accumulation * stream.world)
-        positions = first + stream.world * np.arange(count, dtype=np.int64)
+        positions = begin + stream.rank + stream.world * np.arange(count, dtype=np.int64)
         shards, samples = stream.order.locate(positions)
         step = self.step + steps
         return Micro(positions, shards, samples, stream.size_at(step), step)

@@ -144,8 +144,7 @@ def test_random_chains_of_restarts_serve_each_position_once():
             batch = world * accumulation * draw.randint(1, 9)
             for _ in range(draw.randint(0, 5)):
                 for rank in range(world):
-                    first = position + (rank - position) % world
-                    done += range(first, position + batch, world)
+                    done += range(position + rank, position + batch, world)
                 position += batch
         assert sorted(done) == list(range(position))
         counts = Counter(served(order, range(position // total * total)))

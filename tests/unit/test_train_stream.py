@@ -1,12 +1,11 @@
 """Promises 1 and 2 on the stream itself: exactly once, and the same pixels."""
 
+import ctypes
+import multiprocessing
 import os
 import pickle
 import random
 import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -22,6 +21,7 @@ from penstock.errors import InputError
 from penstock.schedule import Clock, Step
 from penstock.streams.batch import Batch
 from penstock.streams.data import Data
+from penstock.streams.loader import _start_worker
 from penstock.streams.train import TrainStream
 from tests.shards import damage, key_of, number_of, pixels_of, png, write_set
 
@@ -271,24 +271,16 @@ def test_workers_outlive_the_signals_of_the_loop(folder):
     assert not worker.is_alive()
 
 
-def test_workers_die_with_a_killed_rank(folder):
-    program = (
-        f"from tests.unit.test_train_stream import *\nbatches = stream(Path({str(folder)!r}), workers=2).batches(0)\n"
-        "next(batches); print(*(worker.pid for worker in batches._workers), flush=True)\nsignal.pause()"
-    )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as rank:
-        assert rank.stdout is not None
-        workers = [int(pid) for pid in rank.stdout.readline().split()]
-        rank.kill()
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and any(_runs(worker) for worker in workers):
-        time.sleep(0.05)
-    assert len(workers) == 2
-    assert not any(_runs(worker) for worker in workers)
+def test_workers_die_with_a_killed_rank():
+    def ask(pipe) -> None:
+        _start_worker(0)
+        asked = ctypes.c_int()
+        ctypes.CDLL(None).prctl(2, ctypes.byref(asked))  # PR_GET_PDEATHSIG
+        pipe.send(asked.value)
 
-
-def _runs(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except OSError:
-        return False
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=ask, args=(theirs,))
+    process.start()
+    assert ours.poll(30)
+    assert ours.recv() == signal.SIGKILL
+    process.join()
