@@ -5,6 +5,7 @@ webdataset's own rule for names, so keys mean the same to its readers.
 """
 
 import hashlib
+import io
 import json
 import mmap
 import re
@@ -199,8 +200,6 @@ def index_tar(
 
 def npy_bytes(records: np.ndarray) -> bytes:
     """The file that holds `records`; equal records give equal bytes."""
-    import io
-
     file = io.BytesIO()
     np.save(file, records, allow_pickle=False)
     return file.getvalue()

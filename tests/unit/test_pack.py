@@ -8,6 +8,7 @@ import sys
 import time
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 
@@ -16,7 +17,9 @@ import pytest
 
 from penstock.cli import main
 from penstock.errors import InputError
+from penstock.progress import progress
 from penstock.splitmix import splitmix64
+from penstock.streams import jobs
 from penstock.streams import pack as packing
 from penstock.streams.manifest import Manifest
 from tests.trees import class_tree, fingerprints, image_bytes, packed, read_plainly
@@ -198,6 +201,15 @@ def test_full_disk(tmp_path, monkeypatch):
             packed(tree, tmp_path / "set")
     assert not list((tmp_path / "set").glob("*.tar"))
     assert packed(tree, tmp_path / "set").manifest.samples == 21
+
+
+def _killed_at_once(advance: Callable[[int], None]) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_killed_for_memory_is_said():
+    with progress("dying", 2, show=False) as meter, pytest.raises(InputError, match="fewer --workers"):
+        jobs.run(_killed_at_once, [(), ()], 2, meter)
 
 
 def test_two_packs_into_one_folder(tmp_path):
