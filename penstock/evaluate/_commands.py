@@ -50,7 +50,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from penstock.streams.manifest import Manifest
 
     manifests = {name: Manifest.load(folder) for name, folder in folders.items()}
-    _check_classes(manifests)
+    _check_labels(manifests)
     backbone = _open(args.export, args.untrained)
     settings = _settings(args.only, args.set, backbone)
     augment = settings.pop("augment")
@@ -140,17 +140,23 @@ def _settings(only: list[str] | None, settings: list[str], backbone: "Backbone")
     return found | {"augment": AUGMENTATIONS.get(checked.augment.name)(checked.augment)}
 
 
-def _check_classes(manifests: "dict[str, Manifest]") -> None:
-    classes = {name: manifest.classes for name, manifest in manifests.items()}
-    if classes["train"] != classes["val"]:
+def _check_labels(manifests: "dict[str, Manifest]") -> None:
+    for manifest in manifests.values():
+        if manifest.unlabelled:
+            raise InputError(
+                f"evaluation needs labels, but {manifest.unlabelled} of {manifest.samples} samples of {manifest.root} "
+                "have none; pack it from a folder per class"
+            )
+    train, val = (manifest.classes for manifest in manifests.values())
+    if train and val and train != val:
         raise InputError(
-            f"the training set has the classes {_some(classes['train'])}, the validation set {_some(classes['val'])}; "
-            "numbers would mean different things, so pack both from folders of the same names"
+            f"the training set has the classes {_some(train)}, the validation set {_some(val)}; their numbers would "
+            "mean different things, so pack both from folders of the same names"
         )
 
 
-def _some(classes: tuple[str, ...] | None) -> str:
-    return "(none)" if classes is None else f"{', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}"
+def _some(classes: tuple[str, ...]) -> str:
+    return f"{', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''} ({len(classes)})"
 
 
 def _print(

@@ -79,6 +79,17 @@ def test_equal_neighbours_are_taken_in_order(monkeypatch):
     assert similarity.eq(1).all()
 
 
+def test_equal_neighbours_do_not_depend_on_how_topk_chooses(monkeypatch):
+    def last_first(values: torch.Tensor, k: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        best, index = values.flip(dim).sort(dim=dim, descending=True, stable=True)
+        return best[:, :k], values.shape[dim] - 1 - index[:, :k]
+
+    bank = (torch.arange(60) % 3).float()[:, None]
+    expected = (-bank[:, 0]).sort(stable=True).indices[:30]
+    monkeypatch.setattr(torch.Tensor, "topk", last_first)
+    assert torch.equal(neighbours(torch.ones(1, 1), bank, 30)[1][0], expected)
+
+
 def test_bank_is_a_fixed_draw():
     train, val = features(500), features(100, seed=1)
     draw = keyed_order(train, 0)[:60].sort().values
