@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from penstock.backbones import names
+from penstock.backbones.attention import choose_attention
 from penstock.errors import InputError
 from penstock.recipe import Block
 
@@ -116,6 +117,9 @@ class Backbone(nn.Module):
         features = self._probe()
         self.dim = features.pooled.shape[1]
         self.kind: Literal["tokens", "map"] = "tokens" if features.spatial.ndim == 3 else "map"
+        choose_attention(
+            self.model, features.spatial.shape[1] if self.kind == "tokens" else features.spatial[0, 0].numel()
+        )
         patch = getattr(getattr(self.model, "patch_embed", None), "patch_size", None)
         self.patch: tuple[int, int] | None = tuple(patch) if patch is not None and self.kind == "tokens" else None
         if config.weights not in (None, "timm"):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from penstock.backbones.attention import choose_attention
 from pretrain.methods._patches import resample_positions, sincos_positions
 
 
@@ -26,6 +27,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(
             Block(dim, heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth)
         )
+        choose_attention(self.blocks, grid[0] * grid[1])
         self.norm = LayerNorm(dim)
         self.pred = nn.Linear(dim, outputs)
 

@@ -12,7 +12,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from penstock import distributed
 from penstock.backbones import Backbone, names
+from penstock.backbones.attention import choose_attention
 from penstock.errors import InputError
 
 TINY_VIT = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -230,3 +232,19 @@ def test_a_cut_safetensors_file_is_refused(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(InputError, match="cannot be read"):
         vit(weights=str(file))
+
+
+# Speed
+
+
+@pytest.mark.parametrize(("where", "tokens", "fused"), [("cpu", 17, False), ("cpu", 2000, True), ("cuda", 17, True)])
+def test_attention_on_a_cpu(where: str, tokens: int, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from timm.layers import Attention
+
+    torch.manual_seed(0)
+    attention, x = Attention(48, num_heads=3), torch.randn(2, 17, 48)
+    expected = attention(x)
+    monkeypatch.setattr(distributed, "device", lambda: torch.device(where))
+    choose_attention(attention, tokens)
+    assert attention.fused_attn is fused
+    torch.testing.assert_close(attention(x), expected, rtol=1e-5, atol=1e-6)
