@@ -1,12 +1,16 @@
 """From planned micro-batches to tensors: reading, augmenting and handing over, in this process or in workers."""
 
 import ctypes
+import mmap
+import os
 import random
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.util import Finalize
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,8 +21,6 @@ from penstock.augment import Augment
 from penstock.keyed import seed_sample
 from penstock.streams.batch import Batch
 from penstock.streams.images import Images, Sample
-
-SIGNALS_OF_THE_LOOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def open_loader(
     plan: Plan, images: Images, augment: Augment, seed: int, workers: int, prefetch: int, device_type: str
 ) -> Iterator[Batch]:
     """Batches of the plan in order. Micro-batch t is made by worker t % workers, so `in_order` keeps their sequence."""
+    leaving = mmap.mmap(-1, 1)  # one byte that forks share
     loader = DataLoader(
         _Planned(plan, images, augment, seed),
         batch_size=None,
@@ -79,12 +82,15 @@ def open_loader(
         prefetch_factor=prefetch if workers else None,
         in_order=True,
         pin_memory=device_type == "cuda",
-        worker_init_fn=_start_worker if workers else None,
+        worker_init_fn=partial(_start_worker, leaving) if workers else None,
         # A fork starts in milliseconds and shares the index and the cache; workers never touch CUDA.
         multiprocessing_context="fork" if workers else None,
         generator=torch.Generator(),  # else the loader would draw from the training's generator
     )
-    return iter(loader)
+    iterator = iter(loader)
+    # A process that ends stops its children with SIGTERM and waits for them; before that, let them obey it.
+    Finalize(iterator, leaving.__setitem__, args=(0, 1), exitpriority=100)
+    return iterator
 
 
 class _Planned(IterableDataset):
@@ -117,10 +123,15 @@ def _generators_kept() -> Iterator[None]:
         np.random.set_state(states[2])
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(leaving: mmap.mmap, _: int) -> None:
+    def when_leaving(*_: Any) -> None:
+        if leaving[0]:
+            os._exit(0)
+
     torch.set_num_threads(1)
-    for number in SIGNALS_OF_THE_LOOP:  # the rank decides what they mean, and still needs its data
+    for number in (signal.SIGINT, signal.SIGUSR1):  # the rank decides what they mean, and still needs its data
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, when_leaving)
     if sys.platform == "linux":
         die_with_parent = 1  # PR_SET_PDEATHSIG: a killed rank leaves no worker that holds its ports and memory
         ctypes.CDLL(None).prctl(die_with_parent, signal.SIGKILL)

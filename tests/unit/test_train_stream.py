@@ -1,11 +1,14 @@
 """Promises 1 and 2 on the stream itself: exactly once, and the same pixels."""
 
 import ctypes
+import mmap
 import multiprocessing
 import os
 import pickle
 import random
 import signal
+import subprocess
+import sys
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -271,9 +274,25 @@ def test_workers_outlive_the_signals_of_the_loop(folder):
     assert not worker.is_alive()
 
 
+@pytest.mark.parametrize("how", ["process", "program"])
+def test_a_rank_that_ends_amid_its_stream_does_not_wait_for_its_workers(folder, how):
+    """Workers ignore SIGTERM, with which Python stops the children that are left at exit."""
+    program = (
+        f"from tests.unit.test_train_stream import *\nbatches = stream(Path({str(folder)!r}), workers=2).batches(0)\n"
+        "next(batches)\nraise SystemExit(75)"
+    )
+    if how == "program":
+        assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 75
+        return
+    process = multiprocessing.get_context("fork").Process(target=exec, args=(program, {}))
+    process.start()
+    process.join(30)
+    assert process.exitcode == 75
+
+
 def test_workers_die_with_a_killed_rank():
     def ask(pipe) -> None:
-        _start_worker(0)
+        _start_worker(mmap.mmap(-1, 1), 0)
         asked = ctypes.c_int()
         ctypes.CDLL(None).prctl(2, ctypes.byref(asked))  # PR_GET_PDEATHSIG
         pipe.send(asked.value)
