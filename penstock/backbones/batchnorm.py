@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -17,18 +18,17 @@ def _many() -> bool:
     return distributed.started() and dist.get_world_size() > 1
 
 
-def _per_channel(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(1, -1, *[1] * (like.ndim - 2))
+def _to(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if values is None else values.to(dtype)
 
 
 def _local_statistics(x: Tensor, valid: Tensor | None) -> Tensor:
     """Count, mean [C] and sum of squared deviations [C] of this rank's valid rows, as one vector [1 + 2C]."""
     rows = x if valid is None else x[valid]
-    dims = [0, *range(2, x.ndim)]
     count = rows.numel() // rows.shape[1]
     if count == 0:
         return rows.new_zeros(1 + 2 * x.shape[1])
-    var, mean = torch.var_mean(rows, dims, correction=0)
+    mean, var = torch.batch_norm_update_stats(rows, None, None, 0.0)
     return torch.cat([var.new_tensor([count]), mean, var * count])
 
 
@@ -55,33 +55,35 @@ class _Normalize(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wide = torch.promote_types(x.dtype, torch.float32)
         count, mean, var = _global_statistics(_local_statistics(x.to(wide), valid))
-        invstd = torch.rsqrt(var + eps)
-        ctx.save_for_backward(x, weight, mean, invstd, count, valid)
-        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, weight, mean, var, count, valid)
+        ctx.eps, ctx.bias_dtype = eps, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(count, mean, var)
-        scale = invstd if weight is None else invstd * weight.to(wide)
-        shift = -mean * scale if bias is None else bias.to(wide) - mean * scale
-        y = torch.addcmul(_per_channel(shift, x), x.to(wide), _per_channel(scale, x))
+        y = F.batch_norm(x.to(wide), mean, var, _to(weight, wide), _to(bias, wide), False, 0.0, eps)
         return y.to(x.dtype), count, mean, var
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, invstd, count, valid = ctx.saved_tensors
-        wide, dims = mean.dtype, [0, *range(2, x.ndim)]
-        grad = grad_y.to(wide)
-        normal = (x.to(wide) - _per_channel(mean, x)) * _per_channel(invstd, x)
-        sums = torch.stack([grad.sum(dims), (grad * normal).sum(dims)])
-        total, total_normal = distributed.all_sum(sums)
+        x, weight, mean, var, count, valid = ctx.saved_tensors
+        wide = mean.dtype
+        rows, scale = x.to(wide), torch.ones_like(mean) if weight is None else weight.to(wide)
+        # As though the statistics were constants: the gradient of x, and sums over this rank's rows.
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grad_y.to(wide), rows, scale, mean, var, None, None, False, ctx.eps, [True, True, True]
+        )
         # The statistics depend on the valid rows of every rank, so those rows also carry the other ranks' gradients.
-        through = torch.addcmul(_per_channel(total, x), normal, _per_channel(total_normal, x)) / count.clamp(min=1)
+        total_weight, total_bias = distributed.all_sum(torch.stack([grad_weight, grad_bias]))
+        share = scale * torch.rsqrt(var + ctx.eps) / count.clamp(min=1)
+        through = F.batch_norm(rows, mean, var, share * total_weight, share * total_bias, False, 0.0, ctx.eps)
         if valid is not None:
-            through = through * valid.to(wide).view(-1, *[1] * (x.ndim - 1))
-        scale = invstd if weight is None else invstd * weight.to(wide)
-        grad_x = ((grad - through) * _per_channel(scale, x)).to(x.dtype)
-        grad_weight = None if weight is None else sums[1].to(weight.dtype)
-        grad_bias = sums[0].to(mean.dtype if weight is None else weight.dtype) if ctx.has_bias else None
-        return grad_x, grad_weight, grad_bias, None, None
+            through *= valid.to(wide).view(-1, *[1] * (x.ndim - 1))
+        return (
+            grad_x.sub_(through).to(x.dtype),
+            None if weight is None else grad_weight.to(weight.dtype),
+            None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype),
+            None,
+            None,
+        )
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
