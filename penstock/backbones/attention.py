@@ -1,5 +1,7 @@
 """Which of timm's two implementations of attention a model uses."""
 
+from typing import Any
+
 from torch import nn
 
 from penstock import distributed
@@ -15,6 +17,7 @@ def choose_attention(module: nn.Module, tokens: int) -> None:
     11 for 4 x 12 heads of 197 x 64; 2.9 against 0.5 for 16 x 3 of 17 x 64), and as long in fp32.
     """
     if distributed.device().type == "cpu" and tokens <= SHORT:
+        part: Any
         for part in module.modules():
             if hasattr(part, "fused_attn"):
                 part.fused_attn = False
