@@ -236,7 +236,7 @@ def _configs_type(package: str, name: str, values: dict[str, Any], problems: dic
     registry, kinds = Registry(package), {}
     blocks = values.get(name)
     if not isinstance(blocks, dict):
-        return dict[str, Any]
+        return dict[str, Any] | None
     for key in list(blocks):
         if key in registry.names():
             kinds[key] = (registry.get(key).Config | None, None)

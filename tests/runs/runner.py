@@ -1,0 +1,91 @@
+"""Starting real runs, and reading what they leave behind."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+RECIPE = """
+name: run
+duration: 24 steps
+batch: 32
+data: {{train: {digits}/train, val: {digits}/val, workers: 0, ledger: true}}
+augment: {{name: crop_flip, size: 16}}
+backbone:
+  name: vit_tiny_patch16_224
+  size: 16
+  options: {{patch_size: 4, embed_dim: 24, depth: 2, num_heads: 2, proj_drop_rate: 0.1}}
+method: {{name: mae, decoder_dim: 16, decoder_depth: 1, decoder_heads: 2}}
+optim: {{lr: 1.0e-3, schedule: {{name: cosine, warmup: 4 steps}}}}
+engine: {{precision: fp32}}
+evaluate: {{knn: {{every: 8 steps}}}}
+monitor: {{limit: 64, pictures: null}}
+checkpoint: {{every: 5 steps}}
+tracking: {{enabled: false, every: 3 steps}}
+"""
+
+
+def start(folder: Path, recipe: Path, *overrides: str, procs: int = 2) -> subprocess.Popen[str]:
+    """A run under the launcher, in a process group of its own."""
+    command = [sys.executable, "-m", "launch", "local", "--procs", str(procs), "--threads", "1", "pretrain", str(recipe)]
+    return subprocess.Popen(
+        [*command, f"out={folder}", *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 240) -> tuple[int, str]:
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        raise
+    return process.returncode, output
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str], timeout: float = 120) -> None:
+    """Until some rank's ledger holds the step."""
+    began = time.monotonic()
+    while time.monotonic() - began < timeout and process.poll() is None:
+        for file in folder.glob("ledger/*.jsonl"):
+            if f'"step": {step},' in file.read_text():
+                return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached: {finish(process)[1]}")
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """kill -9 of the launcher, torchrun, every rank and its workers; torchrun gives its ranks sessions of their own."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    for one in [psutil.Process(process.pid), *family]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.communicate()
+    psutil.wait_procs(family, timeout=10)
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    """Process ids of the ranks."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    return [one.pid for one in family if "torch.distributed.run" not in one.cmdline() and "pretrain" in one.cmdline()]
+
+
+def history(folder: Path) -> dict[tuple[str, int], float]:
+    """Every metric of a run but those that time decides."""
+    found: dict[tuple[str, int], Any] = {}
+    for line in (folder / "journal.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        for name, value in record.get("metrics", {}).items():
+            assert (name, record["step"]) not in found, f"{name} stands twice at step {record['step']}"
+            found[name, record["step"]] = value
+    return {key: value for key, value in found.items() if not key[0].startswith("perf/")}

@@ -1,0 +1,109 @@
+"""Real runs, killed and stopped: what is resumed equals what was never interrupted."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from penstock.streams.ledger import read_ledger
+from tests.runs.runner import RECIPE, finish, history, kill, ranks_of, start, wait_for_step
+
+STEPS, BATCH, SAMPLES = 24, 32, 200
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    for part, split in (("train", "train"), ("test", "val")):
+        command = ["-m", "penstock.cli", "shards", "pack", f"digits:{part}", str(folder / split), "--limit", str(SAMPLES)]
+        subprocess.run([sys.executable, *command, "--samples-per-shard", "64"], check=True, capture_output=True)
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE.format(digits=folder))
+    return path
+
+
+@pytest.fixture(scope="module")
+def unbroken(recipe, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken")
+    code, output = finish(start(folder, recipe))
+    assert code == 0, output
+    return folder / "run"
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "export" / "model.safetensors").read_bytes()
+
+
+def keys_by_step(folder: Path) -> dict[int, list[str]]:
+    ledger = read_ledger(folder / "ledger")
+    return {step: sorted(key for record in records for key in record["keys"]) for step, records in ledger.items()}
+
+
+def test_ledger_serves_each_sample_once_an_epoch(unbroken):
+    ledger = read_ledger(unbroken / "ledger")
+    positions = sorted(p for records in ledger.values() for record in records for p in record["positions"])
+    assert positions == list(range(STEPS * BATCH))
+    keys = {p: k for rs in ledger.values() for r in rs for p, k in zip(r["positions"], r["keys"], strict=True)}
+    for epoch in range(STEPS * BATCH // SAMPLES):
+        assert len({keys[p] for p in range(epoch * SAMPLES, (epoch + 1) * SAMPLES)}) == SAMPLES
+
+
+def test_kill_at_random_steps_changes_nothing(recipe, unbroken, tmp_path):
+    dice = random.Random(os.environ.get("PENSTOCK_CHAOS", "1"))
+    run = tmp_path / "run"
+    for low, high in ((2, 9), (10, 17)):
+        process = start(tmp_path, recipe)
+        wait_for_step(run, dice.randint(low, high), process)
+        kill(process)
+    code, output = finish(start(tmp_path, recipe))
+    assert code == 0 and "resuming at step" in output, output
+    assert weights(run) == weights(unbroken)
+    assert history(run) == history(unbroken)
+    assert keys_by_step(run) == keys_by_step(unbroken)
+
+
+def test_stop_on_one_rank_saves_and_resumes_on_another_number_of_ranks(recipe, unbroken, tmp_path):
+    run = tmp_path / "run"
+    process = start(tmp_path, recipe)
+    wait_for_step(run, 6, process)
+    os.kill(ranks_of(process)[1], signal.SIGUSR1)
+    code, output = finish(process)
+    assert code == 75, output
+    code, output = finish(start(tmp_path, recipe, "data.workers=2", procs=1))
+    assert code == 0 and "resuming at step" in output, output
+    assert keys_by_step(run) == keys_by_step(unbroken)
+    mine, theirs = history(run), history(unbroken)
+    assert mine["train/loss", STEPS] == pytest.approx(theirs["train/loss", STEPS], rel=1e-4)
+
+
+def test_saved_recipe_runs_again_unchanged(unbroken, tmp_path):
+    code, output = finish(start(tmp_path, unbroken / "recipe.yaml", procs=2))
+    assert code == 0, output
+    assert weights(tmp_path / "run") == weights(unbroken)
+
+
+def test_finished_run_is_not_trained_again(recipe, unbroken):
+    before = weights(unbroken)
+    code, output = finish(start(unbroken.parent, recipe))
+    assert code == 0, output
+    assert weights(unbroken) == before
+
+
+@pytest.mark.parametrize(
+    "overrides,words",
+    [
+        (("batch=33",), "multiple of 2"),
+        (("batch=4096",), "larger than the training set"),
+        (("data.train=/nowhere",), "/nowhere"),
+        (("seed=5", "checkpoint.resume=must"), "the seed differs"),
+        (("backbone.options.embed_dim=32",), "another model"),
+    ],
+)
+def test_wrong_input_exits_2_before_the_first_step(recipe, unbroken, overrides, words):
+    code, output = finish(start(unbroken.parent, recipe, *overrides))
+    assert code == 2 and words in output, output
+    assert "Traceback" not in output
