@@ -32,7 +32,8 @@ def measure(
 ) -> Measured:
     """Every evaluation on the backbone's pooled features; collective, and the same on all ranks.
 
-    The backbone, its training mode and the random generators are left as they were.
+    The backbone, its training mode and the random generators are left as they were. The backbone runs under the
+    caller's autocast, the evaluations in fp32.
 
     Args:
         evaluations: configs by the component's name, as {"knn": KNN.Config()}.
@@ -41,12 +42,15 @@ def measure(
     Raises:
         InputError: a set has no labels or no readable sample.
     """
+    import torch
+
     from penstock.evaluate._features import extract
     from penstock.health import feature_health
 
     features = extract(backbone, train, device), extract(backbone, val, device)
     metrics: dict[str, float] = {}
-    for name, config in evaluations.items():
-        metrics |= EVALUATIONS.get(name)(config)(*features)
+    with torch.autocast(device.type, enabled=False):  # figures are exact, whatever the features were computed in
+        for name, config in evaluations.items():
+            metrics |= EVALUATIONS.get(name)(config)(*features)
     unreadable = sum(part.unreadable for part in features)
     return Measured(metrics, feature_health(features[1].features), features[1].features.shape[1], unreadable)

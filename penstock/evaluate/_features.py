@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,9 +63,10 @@ def extract(backbone: nn.Module, stream: Iterable[Batch], device: torch.device) 
 
 
 def _pooled(backbone: nn.Module, images: Tensor) -> Tensor:
+    """fp32 features; the forward runs under the caller's autocast, or the one that half-precision weights need."""
     dtype = next(backbone.parameters()).dtype
-    low = dtype in (torch.bfloat16, torch.float16)
-    with torch.autocast(images.device.type, dtype if low else None, enabled=low):
+    half = dtype in (torch.bfloat16, torch.float16)
+    with torch.autocast(images.device.type, dtype) if half else nullcontext():
         return backbone(images).pooled.float()
 
 

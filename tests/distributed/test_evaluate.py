@@ -37,6 +37,14 @@ class Net(nn.Module):
         return Pooled(self.model(images.flatten(1).float() / 64 - 2))
 
 
+class Float(Net):
+    """A network that leaves autocast by itself."""
+
+    def forward(self, images: Tensor) -> Pooled:
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(images)
+
+
 def samples() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     labels = torch.arange(TOTAL) % 5
@@ -88,6 +96,20 @@ def test_figures_do_not_depend_on_the_ranks(ranks):
         assert found.keys() == alone.keys()
         for name, value in alone.items():
             assert found[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_figures_are_fp32_under_autocast():
+    plain = _measure(0, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = extract(Net(), stream(0, 1), CPU)
+        found = measure(Net(), {"knn": KNN.Config(k=7)}, stream(0, 1), stream(0, 1, (5,)), CPU)
+    assert features.features.dtype == torch.float32
+    assert torch.equal(features.features, features.features.bfloat16().float())  # the network did run in bf16
+    assert found.metrics["knn_top1"] == pytest.approx(plain["knn_top1"], abs=2)
+    with torch.autocast("cpu", torch.bfloat16):  # features in fp32: exactly the same figures
+        assert measure(Float(), {"knn": KNN.Config(k=7)}, stream(0, 1), stream(0, 1, (5,)), CPU).metrics == {
+            "knn_top1": plain["knn_top1"]
+        }
 
 
 def _sharded_knn(rank: int, world: int) -> float:
