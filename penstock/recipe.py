@@ -183,8 +183,9 @@ def check(model: type[Block], source: Source) -> Any:
             before = len(problems)
             for detail in found:
                 key = _dotted(detail["loc"])
-                problems.setdefault(key or detail["msg"], _say(detail, key, made))
-                _drop(values, key)
+                for key, text in _conflicts(detail) if not key else [(key, _say(detail, key, made))]:
+                    problems.setdefault(key, text)
+                    _drop(values, key)
             if len(problems) == before:
                 break
             continue
@@ -251,7 +252,10 @@ def _configs_type(package: str, name: str, values: dict[str, Any], problems: dic
 def _say(detail: ErrorDetails, key: str, model: type[BaseModel]) -> str:
     if detail["type"] == "extra_forbidden":
         parent, _, last = key.rpartition(".")
-        known = {k.rpartition(".")[2]: k for k, _, _ in fields_of(model) if k.rpartition(".")[0] == parent}
+        depth = key.count(".")
+        known = {
+            k.split(".")[depth] for k, _, _ in fields_of(model) if f".{k}".startswith(f".{parent}." if parent else ".")
+        }
         elsewhere = [k for k, _, _ in fields_of(model) if k.rpartition(".")[2] == last]
         hint = nearest(last, known) if not elsewhere else f"; did you mean {elsewhere[0]}?"
         return f"unknown key{hint}"
@@ -261,6 +265,12 @@ def _say(detail: ErrorDetails, key: str, model: type[BaseModel]) -> str:
     shown = f", not {given!r}" if isinstance(given, (str, int, float, bool)) else ""
     message = detail["msg"].removeprefix("Value error, ")
     return message if "not" in message and repr(given) in message else f"{message}{shown}"
+
+
+def _conflicts(detail: ErrorDetails) -> list[tuple[str, str]]:
+    """What a recipe's own validator found, `key: text` a line: combinations that cannot work."""
+    lines = detail["msg"].removeprefix("Value error, ").splitlines()
+    return [(key, text.strip()) for key, _, text in (line.partition(":") for line in lines)]
 
 
 def _dotted(place: tuple[int | str, ...]) -> str:

@@ -78,7 +78,7 @@ def main(stage: str, model: type[Recipe], start: Start, argv: Sequence[str] | No
     parser.add_argument("--check", action="store_true", help="only say whether the recipe can run")
     parser.add_argument("--explain", action="store_true", help="print every value and where it came from")
     parser.add_argument("--help", "-h", action="store_true", help="this text, and everything a recipe can set")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     main_rank = os.environ.get("RANK", "0") == "0"
     try:
         if args.help or args.recipe is None:
@@ -138,7 +138,9 @@ def _print_keys(model: type[Recipe], source: Source | None) -> None:
         about = info.description or ""
         if marks:
             about = f"{about} one of: {', '.join(Registry(marks[0].package).names())}; name it for its keys".strip()
-        table.add_row(key, "required" if info.is_required() else str(info.get_default(call_default_factory=True)), about)
+        table.add_row(
+            key, "required" if info.is_required() else str(info.get_default(call_default_factory=True)), about
+        )
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print("\nWhat a recipe can set (give a RECIPE to see the keys of the components it names):")
     console.print(table)

@@ -5,7 +5,10 @@ from pydantic import model_validator
 from penstock.backbones.backbone import Backbone
 from penstock.optim import NEEDS_SHAPES
 from penstock.recipe import one_of
+from penstock.registry import Registry
 from penstock.stage import Recipe
+
+METHODS = Registry("pretrain.methods")
 
 
 class Pretrain(Recipe):
@@ -16,23 +19,27 @@ class Pretrain(Recipe):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Pretrain":
-        from penstock.registry import Registry
+        problems = self._problems()
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
 
-        method = Registry("pretrain.methods").get(self.method.name)
+    def _problems(self) -> list[str]:
+        """Combinations that cannot work, `key: what, and what to write instead`."""
+        method, found = METHODS.get(self.method.name), []
         if method.looks_across_samples and self.engine.accumulation > 1:
-            raise ValueError(
+            found.append(
                 f"engine.accumulation: {self.engine.accumulation} would shrink the batch that {self.method.name} "
                 "compares images in; set it to 1, and use more ranks or engine.checkpointing to save memory"
             )
         if self.optim.name in NEEDS_SHAPES and self.engine.zero > 0:
-            raise ValueError(
+            found.append(
                 f"optim.name: {self.optim.name} needs whole parameters, which ZeRO-{self.engine.zero} cuts into flat "
                 "pieces; set engine.zero=0, or optim.name=adamw"
             )
         if self.backbone.channels != self.data.channels:
-            raise ValueError(
-                f"data.channels is {self.data.channels} and backbone.channels {self.backbone.channels}; they must agree"
+            found.append(
+                f"data.channels: {self.data.channels} here and {self.backbone.channels} in backbone.channels; "
+                "they must agree"
             )
-        for problem in method.conflicts(self):
-            raise ValueError(problem)
-        return self
+        return found + method.conflicts(self)

@@ -1,6 +1,5 @@
 """A pretraining run, put together from its recipe."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from penstock.keyed import key
 from penstock.monitor import Monitor
 from penstock.optim import Optim
 from penstock.recipe import resolved
-from penstock.registry import Registry
 from penstock.schedule import Clock, Curves, knobs_of
 from penstock.signals import Stop
 from penstock.stage import save_recipe, since_launch
@@ -24,9 +22,8 @@ from penstock.streams.data import Data
 from penstock.streams.train import TrainStream
 from penstock.tracking import Tracker
 from penstock.trainer import Run, fit
-from pretrain.recipe import Pretrain
+from pretrain.recipe import METHODS, Pretrain
 
-METHODS = Registry("pretrain.methods")
 INIT = 0x1417  # the stream of random numbers that weights start from
 
 
@@ -93,9 +90,19 @@ def start(recipe: Pretrain) -> int:
 def _tracker(recipe: Pretrain, data: Data) -> Tracker:
     changed: dict[str, Any] = save_recipe(recipe) if distributed.is_main() else {}
     job = os.environ.get("SLURM_JOB_ID", "")
-    tags = {"stage": "pretrain", "arch": recipe.backbone.name, "method": recipe.method.name, "ranks": str(distributed.world())}
+    tags = {
+        "stage": "pretrain",
+        "arch": recipe.backbone.name,
+        "method": recipe.method.name,
+        "ranks": str(distributed.world()),
+    }
     tracker = Tracker(
-        recipe.tracking, recipe.folder, recipe.name, resolved(recipe), tags | ({"job": job} if job else {}), distributed.is_main()
+        recipe.tracking,
+        recipe.folder,
+        recipe.name,
+        resolved(recipe),
+        tags | ({"job": job} if job else {}),
+        distributed.is_main(),
     )
     tracker.dataset("train", data.train.identity, str(recipe.data.train))
     if data.val is not None:

@@ -82,16 +82,14 @@ class MAE(Task):
                 raise ValueError(f"{heads} heads do not divide decoder_dim {dim}")
             return heads
 
-    @staticmethod
-    def check_backbone(config: Backbone.Config) -> None:
-        """Refuse, from names alone, a backbone that cannot work; building it finds the rarer reasons.
-
-        Raises:
-            InputError: the model is no plain VisionTransformer.
-        """
-        if not names.is_vit(config.name):
-            kind = names.facts(config.name).kind or "model of another kind"
-            raise InputError(NO_VIT.format(name=config.name, kind=kind))
+    @classmethod
+    def conflicts(cls, recipe: Any) -> list[str]:
+        """Found from names alone; building the backbone finds the rarer reasons."""
+        name = recipe.backbone.name
+        if names.is_vit(name):
+            return []
+        kind = names.facts(name).kind or "model of another kind"
+        return [f"backbone.name: {NO_VIT.format(name=name, kind=kind)}"]
 
     def __init__(self, config: "MAE.Config", backbone: Backbone, seed: int):
         super().__init__()

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,15 @@ class SimCLR(Task):
         out: int = Field(128, gt=0, description="dimension in which views are compared")
         layers: int = Field(2, ge=1, le=4, description="linear layers of the projector; 3 in SimCLR v2")
         sync_batchnorm: bool = Field(True, description="backbone BatchNorm over all ranks; the projector's always is")
+
+    @classmethod
+    def conflicts(cls, recipe: Any) -> list[str]:
+        from penstock.augment import AUGMENTATIONS
+
+        views = AUGMENTATIONS.get(recipe.augment.name).views
+        if views == 2:
+            return []
+        return [f"augment.name: simclr compares two views, and {recipe.augment.name} makes {views}; set augment=simclr"]
 
     def __init__(self, config: Config, backbone: Backbone, seed: int = 0):
         super().__init__()
