@@ -15,7 +15,7 @@ RUN = Path("runs/mae-digits")
 RECIPE = "configs/demo/mae_digits.yaml"
 NEXT = """
 Look at it   make ui, then open the address it prints; reconstructions are under the run's artifacts
-What next    python -m launch local pretrain configs/cifar10/mae_vit_tiny.yaml --explain   (your own images: see the README)
+What next    python -m launch local pretrain configs/cifar10/mae_vit_tiny.yaml --explain   (own images: see the README)
 Again        rm -rf runs/mae-digits && make demo"""
 
 

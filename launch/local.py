@@ -17,7 +17,9 @@ TIME_TO_SAVE = 600  # seconds that torchrun leaves ranks to save before it kills
 def add_command(ways: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = ways.add_parser("local", help="on this machine, under torchrun")
     parser.add_argument("--procs", type=int, default=None, help="ranks; one per GPU, or on a CPU one, by default")
-    parser.add_argument("--threads", type=int, default=None, help="threads of each rank; the cores shared out by default")
+    parser.add_argument(
+        "--threads", type=int, default=None, help="threads of each rank; the cores shared out by default"
+    )
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("recipe", metavar="RECIPE")
     parser.add_argument("overrides", nargs="*", metavar="key=value")

@@ -122,7 +122,9 @@ class Checkpoints:
                 passed.append(f"{path.name} is damaged ({fault})")
         return distributed.broadcast((chosen, passed))
 
-    def restore(self, engine: Engine, meters: dict[str, Tensor] | None = None) -> tuple[dict[str, Any] | None, list[str]]:
+    def restore(
+        self, engine: Engine, meters: dict[str, Tensor] | None = None
+    ) -> tuple[dict[str, Any] | None, list[str]]:
         """Load the newest good checkpoint: its state (None for a fresh start), and warnings. Collective.
 
         `meters` receives this rank's open sums (all ranks' on rank 0, when their number has changed).
@@ -213,8 +215,8 @@ def _check_same_model(engine: Engine, shapes: Mapping[str, tuple[int, ...]], pat
     differ = sorted(name for name in saved.keys() | now.keys() if saved.get(name) != now.get(name))
     shown = ", ".join(f"{n} {saved.get(n, 'absent')} there, {now.get(n, 'absent')} here" for n in differ[:3])
     raise InputError(
-        f"{path} is a checkpoint of another model: {len(differ)} weights differ ({shown}). Give the recipe's run another "
-        "name or folder (name=..., out=...), or the backbone and method the checkpoint was made with"
+        f"{path} is a checkpoint of another model: {len(differ)} weights differ ({shown}). Give the recipe's run "
+        "another name or folder (name=..., out=...), or the backbone and method the checkpoint was made with"
     )
 
 

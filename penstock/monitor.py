@@ -31,7 +31,9 @@ class Monitor:
         at_start: bool = Field(True, description="measure the untrained backbone, too: the baseline")
         limit: int | None = Field(None, ge=1, description="at most this many images of each set; null is all")
         batch: int = Field(128, ge=1, description="images per forward and rank")
-        crop_pct: float = Field(1.0, gt=0, le=1, description="share of the short side that is seen; 0.875 is usual at 224")
+        crop_pct: float = Field(
+            1.0, gt=0, le=1, description="share of the short side that is seen; 0.875 is usual at 224"
+        )
         pictures: Duration | None = Field(Length(25, "%"), description="how often pictures are made; null is never")
 
     def __init__(
@@ -49,7 +51,8 @@ class Monitor:
         self.latest: dict[str, float] = {}
         if self.evaluations and data.val is None:
             raise InputError(
-                "evaluate needs a validation set: give data.val (a packed set), or leave the evaluations out (evaluate=null)"
+                "evaluate needs a validation set: give data.val (a packed set), or leave the evaluations out "
+                "(evaluate=null)"
             )
         if data.val is not None:
             self.val, self.train = self._stream(data, data.val), self._stream(data, data.train)
@@ -60,7 +63,9 @@ class Monitor:
         due = {
             name: block
             for name, block in self.evaluations.items()
-            if last or (start and self.config.at_start) or (not start and block.every and self.clock.every(block.every, step))
+            if last
+            or (start and self.config.at_start)
+            or (not start and block.every and self.clock.every(block.every, step))
         }
         if due:
             self._evaluate(step, due)

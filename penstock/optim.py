@@ -3,7 +3,7 @@ our own curves, at every step: nothing else schedules it."""
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import Field, model_validator
@@ -28,7 +28,8 @@ NEEDS_SHAPES = {
     "shampoo",
 }
 ADAM_LIKE = {"adam", "adamw"}
-KINDS = ("norm", "bias", "token", "position", "scale")
+Kind = Literal["norm", "bias", "token", "position", "scale"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -53,9 +54,7 @@ class Optim:
         scaling: Literal["linear", "sqrt"] = Field("linear", description="how base_lr grows with the batch")
         schedule: Curve = Field(Cosine(), description="a curve over the run, as a fraction of the peak")
         weight_decay: Knob = 0.05
-        no_decay: tuple[Literal["norm", "bias", "token", "position", "scale"], ...] = Field(
-            KINDS, description="kinds of parameters that are not decayed"
-        )
+        no_decay: tuple[Kind, ...] = Field(KINDS, description="kinds of parameters that are not decayed")
         betas: tuple[float, float] | None = None
         eps: float | None = None
         momentum: float = 0.9
@@ -83,10 +82,9 @@ class Optim:
         from timm.optim import create_optimizer_v2, list_optimizers
 
         config = self.config
-        if config.name not in list_optimizers():
-            raise InputError(
-                f"optim.name: no timm optimizer is called {config.name!r}{nearest(config.name, list_optimizers())}"
-            )
+        known = [str(name) for name in list_optimizers()]
+        if config.name not in known:
+            raise InputError(f"optim.name: no timm optimizer is called {config.name!r}{nearest(config.name, known)}")
         options = dict(config.options)
         if config.betas is not None:
             options["betas"] = config.betas
@@ -147,7 +145,7 @@ def layer_scales(module: nn.Module, layer_decay: float) -> dict[str, float]:
         return {}
     from timm.models import group_parameters
 
-    backbone = module.get_submodule("backbone.model")
+    backbone: Any = module.get_submodule("backbone.model")
     if not hasattr(backbone, "group_matcher"):
         raise InputError(f"optim.layer_decay: {type(backbone).__name__} has no layer order; set layer_decay to 1")
     layers = group_parameters(backbone, backbone.group_matcher(coarse=False), reverse=True)

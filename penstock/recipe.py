@@ -1,7 +1,7 @@
 """A recipe: YAML merged by OmegaConf, checked by pydantic models that sit inside the components they configure.
 
-`load` merges a file, what it extends and the command line, and remembers where each value was written. `check` turns the
-result into a validated model, or into one InputError that lists everything that is wrong.
+`load` merges a file, what it extends and the command line, and remembers where each value was written. `check` turns
+the result into a validated model, or into one InputError that lists everything that is wrong.
 """
 
 from collections.abc import Iterator, Mapping
@@ -182,8 +182,8 @@ def check(model: type[Block], source: Source) -> Any:
             found = error.errors()
             before = len(problems)
             for detail in found:
-                key = _dotted(detail["loc"])
-                for key, text in _conflicts(detail) if not key else [(key, _say(detail, key, made))]:
+                place = _dotted(detail["loc"])
+                for key, text in _conflicts(detail) if not place else [(place, _say(detail, place, made))]:
                     problems.setdefault(key, text)
                     _drop(values, key)
             if len(problems) == before:
@@ -246,7 +246,7 @@ def _configs_type(package: str, name: str, values: dict[str, Any], problems: dic
         else:
             problems.setdefault(f"{name}.{key}", f"no {name} is called {key!r}{nearest(key, registry.names())}")
             blocks.pop(key)
-    return create_model(name, __base__=Block, **kinds)
+    return create_model(name, __base__=Block, **kinds)  # type: ignore[call-overload]
 
 
 def _say(detail: ErrorDetails, key: str, model: type[BaseModel]) -> str:

@@ -9,7 +9,7 @@ LOOK_EVERY = 1.0  # seconds between looks for the stop file
 
 
 class Stop:
-    """Set by SIGTERM, SIGUSR1, SIGINT (a second SIGINT ends the process at once), or a file `stop` in the run folder."""
+    """Set by SIGTERM, SIGUSR1, SIGINT (a second one ends the process at once), or a file `stop` in the run folder."""
 
     def __init__(self, folder: Path):
         self.reason: str | None = None

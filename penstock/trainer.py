@@ -103,8 +103,8 @@ def _advance(state: State, run: Run, parts: list[Batch], applied: bool) -> None:
         run.tracker.event("skipped", state.step, keys=keys)
         if state.skipped >= run.engine.config.max_skipped:
             raise RunFailed(
-                f"the loss or gradient was not finite in {state.skipped} steps in a row, the last at step {state.step}; "
-                f"its samples: {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''} (all in the journal). "
+                f"the loss or gradient was not finite in {state.skipped} steps in a row, the last at step {state.step}"
+                f"; its samples: {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''} (all in the journal). "
                 "Try a lower optim.lr, a longer warm-up, engine.clip=1.0 or engine.precision=fp32"
             )
 
@@ -145,12 +145,20 @@ def _save(run: Run, state: State, books: Books) -> None:
     config, step = run.checkpoints.config, state.step
     forever = config.keep_every is not None and run.clock.every(config.keep_every, step)
     run.tracker.flush()
-    about = {"run": asdict(state), "stream": run.stream.identity, "batch": run.stream.batch, "digest": books.digest.state()}
+    about = {
+        "run": asdict(state),
+        "stream": run.stream.identity,
+        "batch": run.stream.batch,
+        "digest": books.digest.state(),
+    }
     trouble = run.checkpoints.save(run.engine, step, about, run.meters.state(), forever)
     if trouble:
         run.tracker.event("checkpoint failed", step, why=trouble)
         if distributed.is_main():
-            print(f"warning: no checkpoint at step {step}: {trouble}; the one before is kept, training goes on", flush=True)
+            print(
+                f"warning: no checkpoint at step {step}: {trouble}; the one before is kept, training goes on",
+                flush=True,
+            )
 
 
 def _restore(run: Run) -> tuple[State, Books]:

@@ -96,7 +96,11 @@ def full_disk(rank, world, folder):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
-    return trouble, [path.name for path in checkpoints.found()], sorted(os.listdir(checkpoints.folder))
+    return (
+        trouble,
+        [path.name for path in checkpoints.found()],
+        sorted(path.name for path in checkpoints.folder.iterdir()),
+    )
 
 
 def test_a_full_disk_keeps_the_last_good_one(ranks, tmp_path):

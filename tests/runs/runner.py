@@ -33,7 +33,18 @@ tracking: {{enabled: false, every: 3 steps}}
 
 def start(folder: Path, recipe: Path, *overrides: str, procs: int = 2) -> subprocess.Popen[str]:
     """A run under the launcher, in a process group of its own."""
-    command = [sys.executable, "-m", "launch", "local", "--procs", str(procs), "--threads", "1", "pretrain", str(recipe)]
+    command = [
+        sys.executable,
+        "-m",
+        "launch",
+        "local",
+        "--procs",
+        str(procs),
+        "--threads",
+        "1",
+        "pretrain",
+        str(recipe),
+    ]
     return subprocess.Popen(
         [*command, f"out={folder}", *overrides],
         stdout=subprocess.PIPE,

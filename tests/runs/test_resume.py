@@ -19,7 +19,16 @@ STEPS, BATCH, SAMPLES = 24, 32, 200
 def recipe(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
     for part, split in (("train", "train"), ("test", "val")):
-        command = ["-m", "penstock.cli", "shards", "pack", f"digits:{part}", str(folder / split), "--limit", str(SAMPLES)]
+        command = [
+            "-m",
+            "penstock.cli",
+            "shards",
+            "pack",
+            f"digits:{part}",
+            str(folder / split),
+            "--limit",
+            str(SAMPLES),
+        ]
         subprocess.run([sys.executable, *command, "--samples-per-shard", "64"], check=True, capture_output=True)
     path = folder / "recipe.yaml"
     path.write_text(RECIPE.format(digits=folder))
