@@ -89,21 +89,9 @@ def start(recipe: Pretrain) -> int:
 
 def _tracker(recipe: Pretrain, data: Data) -> Tracker:
     changed: dict[str, Any] = save_recipe(recipe) if distributed.is_main() else {}
-    job = os.environ.get("SLURM_JOB_ID", "")
-    tags = {
-        "stage": "pretrain",
-        "arch": recipe.backbone.name,
-        "method": recipe.method.name,
-        "ranks": str(distributed.world()),
-    }
-    tracker = Tracker(
-        recipe.tracking,
-        recipe.folder,
-        recipe.name,
-        resolved(recipe),
-        tags | ({"job": job} if job else {}),
-        distributed.is_main(),
-    )
+    tags = {"stage": "pretrain", "arch": recipe.backbone.name, "method": recipe.method.name}
+    params = resolved(recipe)
+    tracker = Tracker(recipe.tracking, recipe.folder, recipe.name, params, tags, active=distributed.is_main())
     tracker.dataset("train", data.train.identity, str(recipe.data.train))
     if data.val is not None:
         tracker.dataset("val", data.val.identity, str(recipe.data.val), context="validation")
