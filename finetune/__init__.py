@@ -1,0 +1,1 @@
+"""Stage 2: transfer learning, distillation and regularization of a pretrained backbone."""
