@@ -1,10 +1,9 @@
 """SimCLR's two views (Chen et al. 2020, appendix A)."""
 
 import random
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-import torchvision.transforms.v2.functional as TF
 from pydantic import Field
 from torch import Tensor
 
@@ -42,12 +41,19 @@ class SimCLR:
             if random.random() < options.jitter:
                 view = _jitter(view, options.strength)
             if random.random() < options.grayscale:
-                view = TF.rgb_to_grayscale_image(view, num_output_channels=3)
+                view = _colours().rgb_to_grayscale_image(view, num_output_channels=3)
         if random.random() < options.blur:
             view = _pixels.gaussian_blur(view, random.uniform(0.1, 2.0), kernel=max(3, int(size * 0.1) // 2 * 2 + 1))
         if index == 1 and random.random() < options.solarize:
-            view = TF.solarize_image(view, 128)
+            view = _colours().solarize_image(view, 128)
         return view
+
+
+def _colours() -> Any:
+    """torchvision's functions, loaded when pixels are at hand: a recipe is checked without them."""
+    import torchvision.transforms.v2.functional
+
+    return torchvision.transforms.v2.functional
 
 
 def _jitter(view: Tensor, strength: float) -> Tensor:
@@ -56,9 +62,9 @@ def _jitter(view: Tensor, strength: float) -> Tensor:
     factors = [random.uniform(max(0.0, 1 - most), 1 + most) for _ in range(3)]
     hue = random.uniform(-0.2 * strength, 0.2 * strength)
     changes = [
-        lambda pixels: TF.adjust_brightness_image(pixels, factors[0]),
-        lambda pixels: TF.adjust_contrast_image(pixels, factors[1]),
-        lambda pixels: TF.adjust_saturation_image(pixels, factors[2]),
+        lambda pixels: _colours().adjust_brightness_image(pixels, factors[0]),
+        lambda pixels: _colours().adjust_contrast_image(pixels, factors[1]),
+        lambda pixels: _colours().adjust_saturation_image(pixels, factors[2]),
         lambda pixels: _pixels.shift_hue(pixels, hue),
     ]
     random.shuffle(changes)

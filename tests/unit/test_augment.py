@@ -105,7 +105,7 @@ def test_simclr_operations_happen_as_often_as_asked():
         return patch.object(owner, name, call)
 
     augment = SimCLR(SimCLR.Config(size=8, solarize=0.2))
-    owners = [module, module.TF, _pixels, module.TF]
+    owners = [module, module._colours(), _pixels, module._colours()]
     with counted(owners[0], "_jitter"), counted(owners[1], "rgb_to_grayscale_image"), \
             counted(owners[2], "gaussian_blur"), counted(owners[3], "solarize_image"):  # fmt: skip
         for position in range(1000):
