@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 STAGES = ("pretrain", "finetune")
-FAILED, INPUT_WRONG = 1, 2
+INPUT_WRONG = 2
 TIME_TO_SAVE = 600  # seconds that torchrun leaves ranks to save before it kills them
 
 
@@ -47,15 +47,13 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         child = subprocess.Popen(command(procs, args.stage, [args.recipe, *args.overrides, *rest]), env=environment)
         _forward_signals(child)
         code = child.wait()
-        if exit_file.exists() and code == 0:
-            return int(exit_file.read_text(encoding="utf-8"))
         return code if code >= 0 else 128 - code
 
 
 def command(procs: int, stage: str, rest: list[str]) -> list[str]:
     """torchrun on this machine alone. `--standalone` picks a free port, so runs side by side do not meet."""
     return [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(procs)),
+        *(sys.executable, "-m", "penstock.torchrun", "--standalone", "--nproc-per-node", str(procs)),
         *("--max-restarts", "0", "--shutdown-timeout", str(TIME_TO_SAVE)),
         *("-m", stage, *rest),
     ]

@@ -3,7 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
-DONE, FAILED, INPUT_WRONG, STOPPED = 0, 1, 2, 75  # 75 is EX_TEMPFAIL: try again later, nothing is lost
+DONE, INPUT_WRONG, STOPPED = 0, 2, 75  # 75 is EX_TEMPFAIL: try again later, nothing is lost
+
+EXIT_FILE = "PENSTOCK_EXIT_FILE"  # names a file that rank 0 writes its exit code to, for the launcher
 
 
 class InputError(Exception):
@@ -14,7 +16,9 @@ class InputError(Exception):
 
 
 class RunFailed(Exception):
-    """Training cannot go on (it diverged, say). The message says why and what to try; programs exit 1."""
+    """Training cannot go on (it diverged, say). The message says why and what to try; programs exit 3."""
+
+    code = 3
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -18,6 +18,7 @@ class Meters:
         self.sums: dict[str, Tensor] = {}
         self._pending: list[tuple[str, Tensor]] = []
         self._samples, self._waited, self._began = 0, 0.0, time.monotonic()
+        self.loss: float | None = None  # mean of the last report
 
     def output(self, output: StepOutput) -> None:
         """Note a micro-batch; it counts once its step was applied."""
@@ -46,6 +47,7 @@ class Meters:
         weight, steps, skipped = sums.pop("weight"), sums.pop("steps"), sums.pop("skipped")
         per_step = {"grad_norm"}
         means = {f"train/{n}": v / (steps if n in per_step else weight) for n, v in sums.items() if steps and weight}
+        self.loss = means.get("train/loss", self.loss)
         if skipped:
             means["train/skipped"] = skipped / distributed.world()
         seconds = max(time.monotonic() - self._began, 1e-9)

@@ -12,6 +12,7 @@ from penstock.engine import Engine
 from penstock.errors import InputError
 from penstock.evaluate import Measured, measure
 from penstock.health import alarms
+from penstock.meters import Meters
 from penstock.recipe import Block
 from penstock.schedule import Clock, Duration, Length
 from penstock.streams.data import Data
@@ -44,8 +45,9 @@ class Monitor:
         engine: Engine,
         tracker: Tracker,
         clock: Clock,
+        meters: Meters,
     ):
-        self.config, self.engine, self.tracker, self.clock = config, engine, tracker, clock
+        self.config, self.engine, self.tracker, self.clock, self.meters = config, engine, tracker, clock, meters
         self.evaluations = {name: block for name, block in evaluations.items() if block is not None}
         self.val = self.train = None
         self.latest: dict[str, float] = {}
@@ -83,7 +85,7 @@ class Monitor:
         if step == 0:
             self.tracker.log(0, {f"untrained/{name}": value for name, value in measured.metrics.items()})
             return
-        for alarm in alarms(measured.health, measured.dim, None, self.engine.task.collapse_loss):
+        for alarm in alarms(measured.health, measured.dim, self.meters.loss, self.engine.task.collapse_loss):
             self.tracker.event("alarm", step, text=alarm)
             if distributed.is_main():
                 print(f"alarm at step {step}: {alarm}", file=sys.stderr, flush=True)

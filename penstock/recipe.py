@@ -319,7 +319,7 @@ def flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def resolved(recipe: Block) -> dict[str, Any]:
     """Every value of a checked recipe as plain YAML types; loading it again gives an equal recipe."""
-    return recipe.model_dump(mode="json", by_alias=True)
+    return recipe.model_dump(mode="json")
 
 
 def to_yaml(recipe: Block) -> str:

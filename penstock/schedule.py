@@ -145,7 +145,7 @@ class Step(_Curve):
     """Multiplied by `factor` at each milestone; `end` is not used. With `values`, takes those values instead."""
 
     name: Literal["step"] = "step"
-    at_steps: list[Duration] = Field(default=[], alias="milestones")
+    milestones: list[Duration] = []
     factor: float = 0.1
     values: list[float] = []
 
@@ -153,7 +153,7 @@ class Step(_Curve):
         warmup = clock.steps(self.warmup)
         if step < warmup:
             return super().at(step, clock)
-        passed = sum(step >= clock.steps(milestone) for milestone in self.at_steps)
+        passed = sum(step >= clock.steps(milestone) for milestone in self.milestones)
         if self.values:
             return [self.start, *self.values][min(passed, len(self.values))]
         return self.start * self.factor**passed

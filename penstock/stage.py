@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,13 +14,15 @@ from pydantic import Field, field_validator
 
 from penstock.checkpoint import Checkpoints
 from penstock.engine import Engine
-from penstock.errors import DONE, FAILED, INPUT_WRONG, STOPPED, InputError, RunFailed
+from penstock.errors import DONE, EXIT_FILE, INPUT_WRONG, InputError, RunFailed
 from penstock.monitor import Monitor
 from penstock.optim import Optim
 from penstock.recipe import DEFAULT, Block, Source, check, fields_of, load, one_of, resolved, several_of, to_yaml
 from penstock.schedule import Duration, Length
 from penstock.streams.data import Data
 from penstock.tracking import Tracker
+
+PATIENCE = 3.0  # seconds that other ranks leave rank 0 to say what is wrong
 
 
 class Recipe(Block):
@@ -79,7 +82,6 @@ def main(stage: str, model: type[Recipe], start: Start, argv: Sequence[str] | No
     parser.add_argument("--explain", action="store_true", help="print every value and where it came from")
     parser.add_argument("--help", "-h", action="store_true", help="this text, and everything a recipe can set")
     args = parser.parse_intermixed_args(argv)
-    main_rank = os.environ.get("RANK", "0") == "0"
     try:
         if args.help or args.recipe is None:
             parser.print_help()
@@ -93,23 +95,25 @@ def main(stage: str, model: type[Recipe], start: Start, argv: Sequence[str] | No
             print(f"{args.recipe}: good. {recipe.name}: {recipe.duration} in batches of {recipe.batch}")
         return DONE if args.check or args.explain else _exit(start(recipe))
     except InputError as error:
-        if main_rank or getattr(error, "only_here", False):
-            print(f"{stage}: {error}", file=sys.stderr, flush=True)
-        return _exit(INPUT_WRONG)
+        return _exit(INPUT_WRONG, f"{stage}: {error}")
     except RunFailed as error:
-        if main_rank:
-            print(f"{stage}: {error}", file=sys.stderr, flush=True)
-        return _exit(FAILED)
+        return _exit(RunFailed.code, f"{stage}: {error}")
 
 
-def _exit(code: int) -> int:
-    """Under our launcher the code goes through a file: torchrun turns every code but 0 into 1 and a traceback."""
-    path = os.environ.get("PENSTOCK_EXIT_FILE")
-    if path is None or code == FAILED:
+def _exit(code: int, message: str = "") -> int:
+    """Say the message once, though every rank may have it, and tell the launcher the code."""
+    if os.environ.get("RANK", "0") != "0":
+        if message:
+            # Rank 0 has most likely failed in the same way, and this rank is ended before it repeats the words.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(PATIENCE)
+            print(f"rank {os.environ['RANK']}: {message}", file=sys.stderr, flush=True)
         return code
-    if os.environ.get("RANK", "0") == "0" or code != DONE:
-        Path(path).write_text(str(code), encoding="utf-8")
-    return DONE
+    if message:
+        print(message, file=sys.stderr, flush=True)
+    if EXIT_FILE in os.environ:
+        Path(os.environ[EXIT_FILE]).write_text(str(code), encoding="utf-8")
+    return code
 
 
 def _explain(recipe: Recipe, source: Source) -> None:
@@ -170,6 +174,3 @@ def since_launch() -> float:
 def _process_start() -> float:
     fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     return int(fields[19]) / os.sysconf("SC_CLK_TCK")
-
-
-__all__ = ["STOPPED", "Recipe", "Start", "main", "save_recipe", "since_launch"]

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,8 @@ class Run:
     folder: Path
     seed: int
     stop: Stop
-    observe: Callable[[int], None] = lambda step: None  # evaluations, pictures: called at the start and after each step
-    meters: Meters = field(default_factory=Meters)
+    observe: Callable[[int], None]  # evaluations, pictures: called at the start and after each step
+    meters: Meters
 
 
 def fit(run: Run) -> bool:

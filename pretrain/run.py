@@ -12,6 +12,7 @@ from penstock.checkpoint import Checkpoints
 from penstock.engine import Engine, start_ranks
 from penstock.errors import DONE, STOPPED, InputError
 from penstock.keyed import key
+from penstock.meters import Meters
 from penstock.monitor import Monitor
 from penstock.optim import Optim
 from penstock.recipe import resolved
@@ -56,8 +57,9 @@ def start(recipe: Pretrain) -> int:
     micro_batch = recipe.batch // distributed.world() // recipe.engine.accumulation
     engine = Engine(task, Optim(recipe.optim).build(task, recipe.batch), recipe.engine, micro_batch)
     tracker = _tracker(recipe, data)
+    meters = Meters()
     try:
-        monitor = Monitor(recipe.monitor, recipe.evaluate_blocks(), data, engine, tracker, clock)
+        monitor = Monitor(recipe.monitor, recipe.evaluate_blocks(), data, engine, tracker, clock, meters)
         curves = Curves(
             {"lr": recipe.optim.schedule, "weight_decay": recipe.optim.weight_decay, **knobs_of(recipe.method)},
             clock,
@@ -76,6 +78,7 @@ def start(recipe: Pretrain) -> int:
                 seed=recipe.seed,
                 stop=stop,
                 observe=monitor.observe,
+                meters=meters,
             )
         )
         if finished:

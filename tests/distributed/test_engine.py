@@ -167,3 +167,11 @@ def test_allowed_settings_exist_in_the_installed_deepspeed():
 def test_unsound_combinations_are_refused(precision):
     with pytest.raises(ValueError, match="use zero: 1"):
         Engine.Config(zero=0, precision=precision)
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_bf16_gradients_are_averaged_in_fp32(ranks, zero):
+    """DeepSpeed's autocast would reduce the gradients of linear layers in bf16 from stage 1 on."""
+    want = ranks(2).run(run_steps, 0, "bf16", 2, (), {})[0]
+    for name, value in ranks(2).run(run_steps, zero, "bf16", 2, (), {})[0].items():
+        torch.testing.assert_close(value, want[name], atol=1e-6, rtol=0)

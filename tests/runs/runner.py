@@ -16,7 +16,7 @@ name: run
 duration: 24 steps
 batch: 32
 data: {{train: {digits}/train, val: {digits}/val, workers: 0, ledger: true}}
-augment: {{name: crop_flip, size: 16}}
+augment: {{name: crop_flip, size: {{name: step, start: 12, milestones: [11 steps], values: [16]}}}}
 backbone:
   name: vit_tiny_patch16_224
   size: 16

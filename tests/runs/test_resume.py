@@ -89,6 +89,24 @@ def test_stop_on_one_rank_saves_and_resumes_on_another_number_of_ranks(recipe, u
     assert mine["train/loss", STEPS] == pytest.approx(theirs["train/loss", STEPS], rel=1e-4)
 
 
+def test_sigterm_to_the_launcher_saves_and_resumes(recipe, unbroken, tmp_path):
+    process = start(tmp_path, recipe)
+    wait_for_step(tmp_path / "run", 7, process)
+    process.terminate()
+    code, output = finish(process)
+    assert code == 75 and "Traceback" not in output, output
+    code, output = finish(start(tmp_path, recipe))
+    assert code == 0, output
+    assert weights(tmp_path / "run") == weights(unbroken)
+    assert history(tmp_path / "run") == history(unbroken)
+
+
+def test_a_run_that_diverges_stops_with_the_keys_of_its_batch(recipe, tmp_path):
+    code, output = finish(start(tmp_path, recipe, "optim.lr=1e30", "engine.max_skipped=3", "optim.schedule=constant"))
+    assert code == 3 and "3 steps in a row" in output and "its samples: 0" in output, output
+    assert "Traceback" not in output
+
+
 def test_saved_recipe_runs_again_unchanged(unbroken, tmp_path):
     code, output = finish(start(tmp_path, unbroken / "recipe.yaml", procs=2))
     assert code == 0, output
