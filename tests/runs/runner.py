@@ -31,7 +31,7 @@ tracking: {{enabled: false, every: 3 steps}}
 """
 
 
-def start(folder: Path, recipe: Path, *overrides: str, procs: int = 2) -> subprocess.Popen[str]:
+def start(folder: Path, recipe: Path, *overrides: str, procs: int = 2, **environment: str) -> subprocess.Popen[str]:
     """A run under the launcher, in a process group of its own."""
     command = [
         sys.executable,
@@ -51,7 +51,7 @@ def start(folder: Path, recipe: Path, *overrides: str, procs: int = 2) -> subpro
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
     )
 
 

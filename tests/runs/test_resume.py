@@ -101,6 +101,12 @@ def test_sigterm_to_the_launcher_saves_and_resumes(recipe, unbroken, tmp_path):
     assert history(tmp_path / "run") == history(unbroken)
 
 
+def test_no_compiler_is_needed(recipe, tmp_path):
+    (tmp_path / "bin").mkdir()
+    code, output = finish(start(tmp_path, recipe, "duration=2 steps", "evaluate=null", PATH=str(tmp_path / "bin")))
+    assert code == 0, output
+
+
 def test_a_run_that_diverges_stops_with_the_keys_of_its_batch(recipe, tmp_path):
     code, output = finish(start(tmp_path, recipe, "optim.lr=1e30", "engine.max_skipped=3", "optim.schedule=constant"))
     assert code == 3 and "3 steps in a row" in output and "its samples: 0" in output, output
