@@ -26,6 +26,7 @@ from penstock.recipe import Block
 from penstock.task import StepOutput, Task
 
 Precision = Literal["fp32", "bf16", "bf16_pure", "fp16"]
+BUCKET = 2**24  # gradients that stage 0 copies and reduces at once, 64 MB; DeepSpeed's own bucket holds 2 GB
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,9 @@ class Engine:
                     "(DeepSpeed steps its optimizer on empty gradients); use zero: 1, or precision: bf16"
                 )
             if self.compile and self.zero == 3:
-                raise ValueError("compile with zero: 3 breaks at every gathered weight; use zero: 2 or compile: false")
+                raise ValueError(
+                    "compile: true with zero: 3 breaks at every gathered weight; use zero: 2 or compile: false"
+                )
             return self
 
     def __init__(self, task: Task, optimizer: torch.optim.Optimizer, config: "Engine.Config", micro_batch: int):
@@ -89,6 +92,8 @@ class Engine:
             config=settings(config, micro_batch),
             dist_init_required=False,
         )
+        # At stage 0 we reduce, at the step: in small buckets, and not at all in a single process.
+        self._ds.enable_backward_allreduce = config.zero > 0
         self._gathered = deepspeed.zero.GatheredParameters
         self.groups: list[dict[str, Any]] = self._ds.optimizer.param_groups
         self._micro_step = 0
@@ -147,7 +152,12 @@ class Engine:
 
     def _step_plain(self) -> tuple[bool, float]:
         # At stage 0 DeepSpeed would let a NaN into the weights, and does not tell the norm it clips by.
-        params = [param for param in self.task.parameters() if param.grad is not None]
+        params = [param for param in self.task.parameters() if param.requires_grad]
+        for param in params:
+            if param.grad is None:  # it decays all the same, as at the other stages
+                param.grad = torch.zeros_like(param)
+        if self.world > 1:
+            self._ds.buffered_allreduce_fallback(elements_per_buffer=BUCKET)
         norm = nn.utils.get_total_norm([param.grad for param in params if param.grad is not None])
         value = float(norm)
         applied = value == value and abs(value) != float("inf")

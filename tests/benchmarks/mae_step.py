@@ -170,8 +170,8 @@ def _import_reference(checkout: Path) -> tuple[Any, Callable[[Any], torch.Tensor
     modern: Any = vision_transformer.Block
     vision_transformer.Block = lambda *args, qk_scale=None, **rest: modern(*args, **rest)  # type: ignore[misc,assignment]
     sys.path.insert(0, str(checkout))
-    import models_mae  # type: ignore[import-not-found]
-    from util.misc import get_grad_norm_  # type: ignore[import-not-found]
+    import models_mae
+    from util.misc import get_grad_norm_
 
     return models_mae, get_grad_norm_
 
