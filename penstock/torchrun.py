@@ -20,10 +20,10 @@ def main() -> int:
     try:
         run.main()
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
+        rank, failure = error.get_first_failure()
         if failure.exitcode in (INPUT_WRONG, STOPPED, RunFailed.code):
             return failure.exitcode
-        print(f"rank {failure.rank} ended with {failure.exitcode}; its own words are above", file=sys.stderr)
+        print(f"rank {rank} ended with {failure.exitcode}; its own words are above", file=sys.stderr)
         return 1
     except SignalException as stopped:
         # torchrun passed the signal on and waited for the ranks, but does not tell how they ended.
