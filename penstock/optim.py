@@ -64,7 +64,9 @@ class Optim:
         @model_validator(mode="after")
         def _one_rate(self) -> "Optim.Config":
             if (self.lr is None) == (self.base_lr is None):
-                raise ValueError("give either lr (the peak rate) or base_lr (the rate for a batch of `per`), not both")
+                raise ValueError(
+                    "lr: give either lr (the peak rate) or base_lr (the rate for a batch of `per`), not both"
+                )
             return self
 
         def peak(self, batch: int) -> float:

@@ -4,10 +4,11 @@
 the result into a validated model, or into one InputError that lists everything that is wrong.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, get_args
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -21,10 +22,18 @@ from penstock.registry import Registry
 DEFAULT, COMMAND_LINE = "default", "command line"
 
 
+Rule = Callable[[Any], Iterable[str]]
+
+
 class Block(BaseModel):
-    """Base of every component's `Config`: unknown keys are errors, values do not change, defaults are checked."""
+    """Base of every component's `Config`: unknown keys are errors, values do not change, defaults are checked.
+
+    A block's validators look at the block alone; their messages may begin with `field: ` to name the one to blame. A
+    whole recipe's `rules` look across blocks: each gives `key: what is wrong, and what to write instead` per mistake.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    rules: ClassVar[tuple[Rule, ...]] = ()
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ class Source:
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Source:
     """The recipe in `path`, with all it extends beneath it and `key=value` overrides on top."""
     source = _load_file(Path(path), ())
-    for override in overrides:
+    for override in sorted(overrides, key=_depth):
         _override(source, override)
     try:
         source.values = OmegaConf.to_container(OmegaConf.create(source.values), resolve=True)  # type: ignore[assignment]
@@ -82,9 +91,9 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Sourc
 def _load_file(path: Path, above: tuple[Path, ...]) -> Source:
     path = path.resolve()
     if path in above:
-        raise InputError(f"{path} extends itself, through {' -> '.join(p.name for p in above)}")
+        raise InputError(f"{_short(path)} extends itself: {' -> '.join(p.name for p in (*above, path))}")
     if not path.is_file():
-        wanted = f" (extended by {above[-1]})" if above else ""
+        wanted = f" (extended by {_short(above[-1])})" if above else ""
         near = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""
         raise InputError(f"no recipe at {_short(path)}{wanted}{near}")
     try:
@@ -98,11 +107,19 @@ def _load_file(path: Path, above: tuple[Path, ...]) -> Source:
     values: dict[str, Any] = OmegaConf.to_container(loaded, resolve=False)  # type: ignore[assignment]
     extends = values.pop("extends", None) or []
     source = Source(path=path)
-    for parent in [extends] if isinstance(extends, str) else extends:
+    parents = [extends] if isinstance(extends, str) else extends
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise InputError(f"{_short(path)}: extends is a file or a list of files, not {extends!r}")
+    for parent in parents:
         below = _load_file(path.parent / parent, (*above, path))
         _merge(source, below.values, below.origins)
     _merge(source, values, dict(_lines(tree, _short(path))))
     return source
+
+
+def _depth(override: str) -> int:
+    """method=simclr comes before method.temperature=0.2, wherever they stand, as a new name starts the block afresh."""
+    return override.partition("=")[0].strip().removesuffix(".name").count(".")
 
 
 def _override(source: Source, override: str) -> None:
@@ -174,27 +191,44 @@ def check(model: type[Block], source: Source) -> Any:
     """A validated `model`, or one InputError with every mistake: its key, where it was written, and what to write."""
     problems: dict[str, str] = {}
     values: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(source.values))  # type: ignore[assignment]
-    for _ in range(8):  # what is wrong is taken out and the rest checked again, so that later checks run, too
+    valid, before = None, -1
+    while valid is None and len(problems) > before:  # what is wrong is taken out, so that later checks run, too
+        before = len(problems)
         made = concrete(model, values, problems)
         try:
             valid = made(**values)
         except ValidationError as error:
-            found = error.errors()
-            before = len(problems)
-            for detail in found:
-                place = _dotted(detail["loc"])
-                for key, text in _conflicts(detail) if not place else [(place, _say(detail, place, made))]:
+            for detail in error.errors():
+                if detail["type"] == "float_type" and isinstance(detail["input"], dict):
+                    continue  # a number or a curve: what is wrong with the curve is another entry
+                key, text = _mistake(detail, made)
+                if not (detail["type"] == "missing" and any(known.startswith(f"{key}.") for known in problems)):
                     problems.setdefault(key, text)
-                    _drop(values, key)
-            if len(problems) == before:
-                break
-            continue
-        if not problems:
-            return valid
-        break
-    lines = [f"  {key}: {text} [{source.origin(key)}]" for key, text in sorted(problems.items())]
+                _drop(values, key)
+    recipe = valid or _partial(made, values)
+    for rule in model.rules:
+        with suppress(AttributeError) if problems else nullcontext():  # a rule may need what is wrong or missing
+            for key, _, text in (line.partition(": ") for line in rule(recipe)):
+                problems.setdefault(key, text)
+    if not problems:
+        return valid
+    lines = [f"  {key}: {text}{_written(source.origin(key))}" for key, text in sorted(problems.items())]
     where = _short(source.path) if source.path else "the recipe"
     raise InputError(f"{where} has {len(lines)} mistake{'s' * (len(lines) > 1)}:\n" + "\n".join(lines))
+
+
+def _written(origin: str) -> str:
+    return "" if origin == DEFAULT else f" [{origin}]"
+
+
+def _partial(model: type[BaseModel], values: dict[str, Any]) -> Any:
+    """What is left of a recipe when its mistakes are taken out: fields that are wrong or missing are absent."""
+    inner = {}
+    for name, info in model.model_fields.items():
+        kind, value = info.annotation, values.get(name)
+        if isinstance(kind, type) and issubclass(kind, BaseModel) and isinstance(value, dict):
+            inner[name] = _partial(kind, value)
+    return model.model_construct(**values | inner)
 
 
 def concrete(model: type[Block], values: dict[str, Any], problems: dict[str, str]) -> type[Block]:
@@ -249,35 +283,58 @@ def _configs_type(package: str, name: str, values: dict[str, Any], problems: dic
     return create_model(name, __base__=Block, **kinds)  # type: ignore[call-overload]
 
 
-def _say(detail: ErrorDetails, key: str, model: type[BaseModel]) -> str:
+def _mistake(detail: ErrorDetails, model: type[BaseModel]) -> tuple[str, str]:
+    """The key that a validation error is about, and what to say about it."""
+    key, block = _place(model, detail["loc"])
+    message, last = detail["msg"].removeprefix("Value error, "), key.rpartition(".")[2]
     if detail["type"] == "extra_forbidden":
-        parent, _, last = key.rpartition(".")
-        depth = key.count(".")
-        known = {
-            k.split(".")[depth] for k, _, _ in fields_of(model) if f".{k}".startswith(f".{parent}." if parent else ".")
-        }
+        known = [name for name, _ in _fields(block)]
         elsewhere = [k for k, _, _ in fields_of(model) if k.rpartition(".")[2] == last]
-        hint = nearest(last, known) if not elsewhere else f"; did you mean {elsewhere[0]}?"
-        return f"unknown key{hint}"
+        return key, f"unknown key{f'; did you mean {elsewhere[0]}?' if elsewhere else nearest(last, known)}"
     if detail["type"] == "missing":
-        return "missing; the recipe must give it"
+        return key, "too few values" if isinstance(detail["loc"][-1], int) else "missing; the recipe must give it"
+    if detail["type"] == "union_tag_invalid":
+        known = [name.strip("' ") for name in detail["ctx"]["expected_tags"].split(",")]
+        return f"{key}.name", f"there is no {detail['ctx']['tag']!r}{nearest(detail['ctx']['tag'], known)}"
+    if detail["type"] == "union_tag_not_found":
+        return f"{key}.name", "missing; the block must be named"
     given = detail["input"]
+    if detail["type"] in ("model_attributes_type", "model_type", "dict_type"):
+        return key, f"must be a block of keys and values, such as {{name: ...}}, not {given!r}"
+    if isinstance(given, dict):  # a block's own rule; it may begin with the name of the field to blame
+        field, _, text = message.partition(": ")
+        return (f"{key}.{field}", text) if field in dict(_fields(block)) else (key, message)
     shown = f", not {given!r}" if isinstance(given, (str, int, float, bool)) else ""
-    message = detail["msg"].removeprefix("Value error, ")
-    return message if "not" in message and repr(given) in message else f"{message}{shown}"
+    return key, message if "not" in message and str(given) in message else f"{message}{shown}"
 
 
-def _conflicts(detail: ErrorDetails) -> list[tuple[str, str]]:
-    """What a recipe's own validator found, `key: text` a line: combinations that cannot work."""
-    lines = detail["msg"].removeprefix("Value error, ").splitlines()
-    return [(key, text.strip()) for key, _, text in (line.partition(":") for line in lines)]
+def _place(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str, Any]:
+    """pydantic's location as the recipe writes it, without places in lists and tags of unions; and the inmost block."""
+    kept: list[str] = []
+    kind: Any = model
+    holder: Any = model
+    for part in location:
+        blocks = _blocks(kind)
+        if len(blocks) == 1:  # a block, or a block or null
+            holder, kind = blocks[0], dict(_fields(blocks[0])).get(str(part))
+            kept.append(str(part))
+        else:
+            named = {block.model_fields["name"].default: block for block in blocks if "name" in block.model_fields}
+            kind = named.get(part, kind)
+    return ".".join(kept), kind if isinstance(kind, type) and issubclass(kind, BaseModel) else holder
 
 
-def _dotted(place: tuple[int | str, ...]) -> str:
-    """pydantic's location without the tags of unions, as the recipe writes it."""
-    tags = {"float", "int", "str", "bool", "constrained-float", "constrained-int"}
-    kept = [str(part) for part in place if not (isinstance(part, str) and (part in tags or "[" in part))]
-    return ".".join(kept)
+def _fields(block: Any) -> list[tuple[str, Any]]:
+    """The names of a block's fields, as recipes write them, and their types."""
+    found = block.model_fields.items() if block is not None else ()
+    return [(info.alias or name, info.annotation) for name, info in found]
+
+
+def _blocks(kind: Any) -> list[type[BaseModel]]:
+    """The blocks among the members of a union."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return [kind]
+    return [block for part in get_args(kind) for block in _blocks(part)]
 
 
 def _drop(values: Any, key: str) -> None:

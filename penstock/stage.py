@@ -6,9 +6,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
@@ -16,13 +16,26 @@ from penstock.checkpoint import Checkpoints
 from penstock.engine import Engine
 from penstock.errors import DONE, EXIT_FILE, INPUT_WRONG, InputError, RunFailed
 from penstock.monitor import Monitor
-from penstock.optim import Optim
-from penstock.recipe import DEFAULT, Block, Source, check, fields_of, load, one_of, resolved, several_of, to_yaml
+from penstock.optim import NEEDS_SHAPES, Optim
+from penstock.recipe import DEFAULT, Block, Rule, Source, check, fields_of, load, one_of, resolved, several_of, to_yaml
 from penstock.schedule import Duration, Length
 from penstock.streams.data import Data
 from penstock.tracking import Tracker
 
 PATIENCE = 3.0  # seconds that other ranks leave rank 0 to say what is wrong
+
+
+def optimizer_sees_shapes(recipe: Any) -> Iterator[str]:
+    if recipe.optim.name in NEEDS_SHAPES and recipe.engine.zero > 0:
+        yield (
+            f"optim.name: {recipe.optim.name} needs whole parameters, which ZeRO-{recipe.engine.zero} cuts into flat "
+            "pieces; set engine.zero=0, or optim.name=adamw"
+        )
+
+
+def evaluations_have_data(recipe: Any) -> Iterator[str]:
+    if recipe.evaluate_blocks() and recipe.data.val is None:
+        yield "data.val: evaluate needs a validation set; give a packed one, or leave evaluations out (evaluate=null)"
 
 
 class Recipe(Block):
@@ -41,6 +54,8 @@ class Recipe(Block):
     monitor: Monitor.Config = Monitor.Config()
     checkpoint: Checkpoints.Config = Checkpoints.Config()
     tracking: Tracker.Config = Tracker.Config()
+
+    rules: ClassVar[tuple[Rule, ...]] = (optimizer_sees_shapes, evaluations_have_data)
 
     @field_validator("name")
     @classmethod
@@ -122,9 +137,11 @@ def _explain(recipe: Recipe, source: Source) -> None:
 
     from penstock.recipe import flatten
 
+    given = dict(flatten(source.values))
     table = Table("key", "value", "from", box=None, pad_edge=False)
     for key, value in flatten(resolved(recipe)):
-        table.add_row(key, json.dumps(value) if not isinstance(value, str) else value, source.origins.get(key, DEFAULT))
+        shown = json.dumps(value) if not isinstance(value, str) else value
+        table.add_row(key, shown, source.origin(key) if key in given else DEFAULT)
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 

@@ -82,15 +82,17 @@ class Backbone(nn.Module):
         def _fits(self) -> "Backbone.Config":
             height, width = self.height_width
             if min(height, width) < 1:
-                raise ValueError(f"size {self.size} must be positive")
+                raise ValueError(f"size: {self.size} must be positive")
             patch = names.patch_of(self.name, self.options) if names.takes_any_size(self.name) else None
             if patch and (height % patch[0] or width % patch[1]):
                 near = [max(round(side / p), 1) * p for side, p in zip((height, width), patch, strict=True)]
-                raise ValueError(f"the patch {patch} does not divide the size {height} x {width}; {near} would do")
+                raise ValueError(
+                    f"size: the patch {patch} does not divide the size {height} x {width}; {near} would do"
+                )
             for field, values in (("mean", self.mean), ("std", self.std)):
                 if len(values) not in (1, self.channels) and values not in (IMAGENET_MEAN, IMAGENET_STD):
                     raise ValueError(
-                        f"{field} has {len(values)} values for {self.channels} channels; give one, or one each"
+                        f"{field}: {len(values)} values for {self.channels} channels; give one, or one each"
                     )
             return self
 

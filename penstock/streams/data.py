@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from penstock.errors import InputError
 from penstock.recipe import Block
 from penstock.streams.manifest import Manifest
 
@@ -24,6 +25,16 @@ class Data:
         lanes: int = Field(64, ge=1, description="places of the data read side by side; best a multiple of the ranks")
         block: int = Field(256, ge=1, description="most neighbouring samples that stay together in an epoch's order")
         window: int = Field(4096, ge=1, description="samples shuffled among each other within a lane")
+
+        @field_validator("train", "val")
+        @classmethod
+        def _packed(cls, folder: Path | None) -> Path | None:
+            if folder is not None:
+                try:
+                    Manifest.load(folder)
+                except InputError as error:
+                    raise ValueError(str(error)) from error
+            return folder
 
     def __init__(self, config: "Data.Config"):
         self.config = config

@@ -1,5 +1,8 @@
 """Small models and batches with which any method can be tried."""
 
+import tempfile
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ from penstock.recipe import Source, check
 from penstock.streams.batch import Batch
 from penstock.task import Task
 from pretrain.recipe import METHODS, Pretrain
+from tests.shards import write_set
 
 SIZE = 16
 BACKBONES: dict[str, dict[str, Any]] = {
@@ -28,6 +32,14 @@ SMALLER: dict[str, dict[str, Any]] = {
 }
 
 
+@cache
+def _some_set() -> tempfile.TemporaryDirectory:
+    """A packed set for recipes to name; nothing is read from it."""
+    folder = tempfile.TemporaryDirectory(prefix="penstock-test-")
+    write_set(Path(folder.name), [3])
+    return folder
+
+
 def recipe_of(method: str, backbone: str) -> Pretrain | None:
     """A recipe of the method with the first augmentation that it accepts; None where it refuses the backbone."""
     for augment in AUGMENTATIONS.names():
@@ -35,7 +47,7 @@ def recipe_of(method: str, backbone: str) -> Pretrain | None:
             "name": "contract",
             "duration": "2 steps",
             "batch": 8,
-            "data": {"train": "unused"},
+            "data": {"train": _some_set().name},
             "augment": {"name": augment, "size": SIZE},
             "backbone": BACKBONES[backbone],
             "method": {"name": method, **SMALLER.get(method, {})},
