@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -276,7 +277,8 @@ def _import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed, quiet, and without the shared-memory op that it would compile at start on a CPU."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    import deepspeed
+    with _absent("mlflow"):  # its autotuner would load it, one second and 120 MB in every rank, and works without
+        import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if device.type == "cpu":
@@ -286,6 +288,19 @@ def _import_deepspeed(device: torch.device) -> Any:
             dist_backend="gloo" if device.type == "cpu" else "nccl", auto_mpi_discovery=False, verbose=False
         )
     return deepspeed
+
+
+@contextmanager
+def _absent(module: str) -> Iterator[None]:
+    """Importing `module` fails here, unless it was imported before."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 def _preflight(config: Engine.Config, device: torch.device) -> None:
