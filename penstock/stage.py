@@ -15,9 +15,10 @@ from pydantic import Field, field_validator
 from penstock.checkpoint import Checkpoints
 from penstock.engine import Engine
 from penstock.errors import DONE, EXIT_FILE, INPUT_WRONG, InputError, RunFailed
+from penstock.mistakes import fields_of
 from penstock.monitor import Monitor
 from penstock.optim import NEEDS_SHAPES, Optim
-from penstock.recipe import DEFAULT, Block, Rule, Source, check, fields_of, load, one_of, resolved, several_of, to_yaml
+from penstock.recipe import DEFAULT, Block, Rule, Source, check, load, one_of, resolved, several_of, to_yaml
 from penstock.schedule import Duration, Length
 from penstock.streams.data import Data
 from penstock.tracking import Tracker
