@@ -102,8 +102,8 @@ class Optim:
             return create_optimizer_v2(
                 groups, opt=config.name, lr=config.peak(batch), weight_decay=0.0, momentum=config.momentum, **options
             )
-        except TypeError as error:
-            raise InputError(f"optim.options: {config.name} does not take them: {error}") from error
+        except (TypeError, ValueError) as error:
+            raise InputError(f"optim: {config.name} does not work with these options: {error}") from error
 
 
 def kind_of(module: nn.Module, name: str) -> str:

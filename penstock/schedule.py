@@ -153,7 +153,7 @@ class Step(_Curve):
         warmup = clock.steps(self.warmup)
         if step < warmup:
             return super().at(step, clock)
-        passed = sum(step >= clock.steps(milestone) for milestone in self.milestones)
+        passed = sum(step >= clock.steps(milestone) - 1e-9 for milestone in self.milestones)
         if self.values:
             return [self.start, *self.values][min(passed, len(self.values))]
         return self.start * self.factor**passed
