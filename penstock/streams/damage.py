@@ -13,7 +13,7 @@ import numpy as np
 
 from penstock.streams.index import Sample, label_of
 from penstock.streams.manifest import Shard
-from penstock.streams.tar import BLOCK, TarError, padded, parse
+from penstock.streams.tar import BLOCK, TarError, member_at, padded
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _in_gap(file: str, data: mmap | bytes, gap: Gap) -> Iterator[Damage]:
                 yield Damage(file, gap.before, place, f"the end mark after {gap.before} is not zero")
             return
         try:
-            member = parse(header, position, gap.before or "the start")
+            member = member_at(data, position, gap.before or "the start")
         except TarError:
             what = f"damaged header {gap}" if gap.after else f"damaged header or end mark after {gap.before}"
             yield Damage(file, neighbours, position, what)

@@ -105,7 +105,7 @@ def walk_samples(data: mmap.mmap | bytes) -> list[Sample]:
             if key in seen:
                 raise TarError(
                     f"{member.name}: other samples lie between the members of sample {key}, or the key is used twice; "
-                    "readers would make two samples of it",
+                    "readers would make two samples of it; `tar --sort=name` keeps samples together",
                     member.header,
                 )
             seen.add(key)

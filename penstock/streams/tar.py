@@ -16,14 +16,15 @@ BLOCK = 512
 LARGEST = (1 << 32) - 1  # sizes are 32 bits in the index
 RUNS_CODE = {"pkl", "pickle", "pyd", "pth", "pt", "joblib", "dill"}  # readers unpickle these
 KINDS = {
-    tarfile.DIRTYPE: "a directory",
     tarfile.SYMTYPE: "a symbolic link",
     tarfile.LNKTYPE: "a hard link",
-    tarfile.XHDTYPE: "a pax header",
-    tarfile.XGLTYPE: "a global pax header",
-    tarfile.GNUTYPE_LONGNAME: "a GNU long name",
+    tarfile.GNUTYPE_LONGLINK: "a GNU long link",
     tarfile.GNUTYPE_SPARSE: "a sparse file",
 }
+# What tars say beside a member's name and content, without changing either.
+HARMLESS = {"mtime", "atime", "ctime", "uid", "gid", "uname", "gname", "comment"}
+HARMLESS_GROUPS = ("SCHILY.xattr.", "LIBARCHIVE.xattr.", "RHT.security.")
+LONGEST_EXTENSION = 1 << 20  # bytes of an extended header
 REMAKE = (
     "make the tar of plain files with `tar --format=ustar` (in Python, tarfile.USTAR_FORMAT), or unpack it and use "
     "`penstock shards pack`"
@@ -43,7 +44,10 @@ class TarError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A plain file in a tar: name, and where header, payload and the next header begin."""
+    """A plain file in a tar: name, and where its headers, payload and the next header begin.
+
+    The name is empty for what readers pass over: directories and global headers.
+    """
 
     name: str
     header: int
@@ -73,28 +77,87 @@ def members(data: mmap | bytes) -> Iterator[Member]:
             if data[position:].strip(b"\0"):
                 raise TarError(f"after {last} the tar's end mark is followed by more data, unseen by readers", position)
             return
-        member = parse(header, position, last)
+        member = member_at(data, position, last)
         if member.end > len(data):
             raise TarError(f"the tar ends inside {member.name}: it was cut short", len(data))
-        yield member
-        position, last = member.end, member.name
+        if member.name:
+            yield member
+        position, last = member.end, member.name or last
 
 
-def parse(header: bytes, position: int, last: str) -> Member:
-    """The member whose 512-byte header is at `position`; `last` names what came before it."""
-    try:
-        info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
-    except (tarfile.HeaderError, ValueError) as error:
-        raise TarError(f"damaged header after {last} ({error})", position) from None
+def member_at(data: mmap | bytes, position: int, last: str) -> Member:
+    """The member whose headers begin at `position`; `last` names what came before it.
+
+    Names that do not fit a header come in an extended one before it (POSIX pax, or GNU's long name), and are honoured.
+    """
+    start, name, size = position, None, None
+    info = _header(data, position, last)
+    if info.type == tarfile.XGLTYPE:
+        if _pax(_payload(data, position, info, last), position):
+            raise TarError(f"a global pax header after {last} names or sizes files; {REMAKE}", position)
+        return Member("", start, position + BLOCK + padded(info.size), 0)
+    if info.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
+        payload = _payload(data, position, info, last)
+        if info.type == tarfile.XHDTYPE:
+            extended = _pax(payload, position)
+            name, size = extended.get("path"), extended.get("size")
+        else:
+            name = _text(payload.rstrip(b"\0"), position)
+        position += BLOCK + padded(info.size)
+        info = _header(data, position, last)
+    name = info.name if name is None else name
+    if info.type == tarfile.DIRTYPE and info.size == 0:
+        return Member("", start, position + BLOCK, 0)
     if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
         kind = KINDS.get(info.type, f"a member of type {info.type!r}")
-        raise TarError(f"{info.name} is {kind}, which is not read from shards; {REMAKE}", position)
-    if not safe_name(info.name):
-        raise TarError(f"the name {info.name!r} leaves the folder; such a tar is not used", position)
+        raise TarError(f"{name} is {kind}, which is not read from shards; {REMAKE}", position)
+    if size not in (None, str(info.size)):
+        raise TarError(f"{name} has {info.size} bytes by its header and {size} by its pax header; {REMAKE}", position)
+    if not safe_name(name):
+        raise TarError(f"the name {name!r} leaves the folder; such a tar is not used", position)
     if not 0 <= info.size <= LARGEST:
-        raise TarError(f"{info.name} has {info.size:,} bytes; a member can have 4 GB at most", position)
-    if info.name.lower().rsplit(".", 1)[-1] in RUNS_CODE:
-        raise TarError(
-            f"{info.name} is a pickle, which can run code when it is read; make the tar without it", position
-        )
-    return Member(info.name, position, position + BLOCK, info.size)
+        raise TarError(f"{name} has {info.size:,} bytes; a member can have 4 GB at most", position)
+    if name.lower().rsplit(".", 1)[-1] in RUNS_CODE:
+        raise TarError(f"{name} is a pickle, which can run code when it is read; make the tar without it", position)
+    return Member(name, start, position + BLOCK, info.size)
+
+
+def _header(data: mmap | bytes, position: int, last: str) -> tarfile.TarInfo:
+    try:
+        return tarfile.TarInfo.frombuf(data[position : position + BLOCK], "utf-8", "strict")
+    except (tarfile.HeaderError, ValueError) as error:
+        raise TarError(f"damaged header after {last} ({error})", position) from None
+
+
+def _payload(data: mmap | bytes, position: int, info: tarfile.TarInfo, last: str) -> bytes:
+    payload = data[position + BLOCK : position + BLOCK + max(info.size, 0)]
+    if not 0 < info.size <= LONGEST_EXTENSION or len(payload) < info.size:
+        raise TarError(f"damaged extended header after {last}, of {info.size} bytes", position)
+    return payload
+
+
+def _pax(payload: bytes, position: int) -> dict[str, str]:
+    """What a pax header says of a member's name and size; other things it may say are refused unless harmless.
+
+    Its records are "LENGTH KEY=VALUE\\n", the length counting all of the record (POSIX.1-2001, pax interchange format).
+    """
+    found: dict[str, str] = {}
+    while payload:
+        length, _, _ = payload.partition(b" ")
+        record = payload[: int(length)] if length.isdigit() and len(length) < 8 else b""
+        key, equals, value = record[len(length) + 1 : -1].partition(b"=")
+        if not equals or not record.endswith(b"\n"):
+            raise TarError("damaged pax header", position)
+        payload, word = payload[len(record) :], _text(key, position)
+        if word in ("path", "size"):
+            found[word] = _text(value, position)
+        elif word not in HARMLESS and not word.startswith(HARMLESS_GROUPS):
+            raise TarError(f"a pax header says {word!r}, which is not read from shards; {REMAKE}", position)
+    return found
+
+
+def _text(name: bytes, position: int) -> str:
+    try:
+        return name.decode()
+    except UnicodeDecodeError:
+        raise TarError(f"the name {name!r} is not UTF-8; {REMAKE}", position) from None

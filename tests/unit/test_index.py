@@ -3,9 +3,11 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from penstock.errors import InputError
 from penstock.streams.foreign import index_folder
 from penstock.streams.manifest import Manifest
+from penstock.streams.verify import verify
 from tests.trees import fingerprints, image_bytes, read_plainly, write_tar
 
 JPG = image_bytes(1)
@@ -69,7 +72,6 @@ REFUSED: dict[str, tuple[list, str]] = {
     "absolute": ([("/a.jpg", JPG)], "leaves the folder"),
     "symbolic link": ([link("a.jpg", tarfile.SYMTYPE)], "symbolic link"),
     "hard link": ([link("a.jpg", tarfile.LNKTYPE)], "hard link"),
-    "directory": ([link("d", tarfile.DIRTYPE)], "is a directory"),
     "label of letters": ([("a.jpg", JPG), ("a.cls", b"cat")], r"a\.cls: the label b'cat' is not"),
     "label below none": ([("a.jpg", JPG), ("a.cls", b"-2")], "not a class number"),
     "label true": ([("a.jpg", JPG), ("a.json", b'{"label": true}')], "not a class number"),
@@ -88,14 +90,116 @@ def test_refused(tmp_path, name):
     assert not (tmp_path / "manifest.json").exists()
 
 
-def test_extended_headers_are_refused(tmp_path):
-    long = "n" * 120
-    write_tar(tmp_path / "pax.tar", [(f"{long}.jpg", JPG)], tarfile.PAX_FORMAT)
-    with pytest.raises(InputError, match=r"pax\.tar.*pax header"):
+LONG = "deep/" + "n" * 150
+
+
+def image_folder(root: Path) -> dict[str, bytes]:
+    """Pairs of image and label in nested folders, with long names and names that are not ASCII, by path."""
+    files = {}
+    for number, name in enumerate(["n01/a", "n01/b", f"n02/{LONG}", "n02/vögel 東京", "n02/z"]):
+        files[f"{name}.jpg"], files[f"{name}.cls"] = image_bytes(number), str(number % 2).encode()
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    return files
+
+
+def by_tarfile(source: Path, target: Path, form: int) -> None:
+    with tarfile.open(target, "w", format=form) as tar:
+        tar.add(source, arcname=".")
+
+
+def by_gnu_tar(source: Path, target: Path, *options: str) -> None:
+    subprocess.run(["tar", *options, "-cf", target, "--sort=name", source.name], cwd=source.parent, check=True)
+
+
+WAYS = {
+    "tarfile.add": lambda source, target: by_tarfile(source, target, tarfile.DEFAULT_FORMAT),
+    "tarfile.add, GNU": lambda source, target: by_tarfile(source, target, tarfile.GNU_FORMAT),
+    "tar": lambda source, target: by_gnu_tar(source, target),
+    "tar --format=pax": lambda source, target: by_gnu_tar(source, target, "--format=pax"),
+    "tar --format=pax, a comment": lambda source, target: by_gnu_tar(
+        source, target, "--format=pax", "--pax-option=comment=hello"
+    ),
+    "tar --format=gnu": lambda source, target: by_gnu_tar(source, target, "--format=gnu"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tars_of_folders_as_people_make_them(tmp_path, way):
+    if way.startswith("tar ") and not shutil.which("tar"):
+        pytest.skip("no tar command here")
+    files = image_folder(tmp_path / "images")
+    (tmp_path / "set").mkdir()
+    WAYS[way](tmp_path / "images", tmp_path / "set" / "x.tar")
+    manifest, unreadable = index_folder(tmp_path / "set", workers=1, show=False)
+    assert (manifest.samples, unreadable) == (5, [])
+    data = (tmp_path / "set" / "x.tar").read_bytes()
+    plain = read_plainly(tmp_path / "set")
+    records = np.load(tmp_path / "set" / "x.index.npy")
+    assert {record["key"].decode() for record in records} == set(plain)
+    for record in records:
+        key = record["key"].decode()
+        name = key.removeprefix("./").removeprefix("images/")
+        image = data[record["offset"] : record["offset"] + record["size"]]
+        assert image == plain[key]["jpg"] == files[f"{name}.jpg"]
+        assert str(record["label"]).encode() == files[f"{name}.cls"]
+
+
+@pytest.mark.parametrize("way", ["tarfile.add", "tarfile.add, GNU"])
+def test_verify_names_damage_between_folders_and_long_names(tmp_path, way):
+    """Every byte of the tar that is flipped is noticed, wherever it lies among the headers."""
+    image_folder(tmp_path / "images")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    WAYS[way](tmp_path / "images", folder / "x.tar")
+    manifest, _ = index_folder(folder, workers=1, show=False)
+    assert verify(manifest, decode_images=False, show=False) == []
+    whole = (folder / "x.tar").read_bytes()
+    for place in range(100, len(whole), 1021):
+        broken = bytearray(whole)
+        broken[place] ^= 0x55
+        (folder / "x.tar").write_bytes(broken)
+        found = verify(manifest, decode_images=False, show=False)
+        assert found and found[0].file == "x.tar", place
+    (folder / "x.tar").write_bytes(whole[: len(whole) // 2])
+    assert "cut" in str(verify(manifest, decode_images=False, show=False))
+
+
+def with_pax(**records: str) -> tarfile.TarInfo:
+    info = tarfile.TarInfo("a.jpg")
+    info.size, info.pax_headers = len(JPG), records
+    return info
+
+
+@pytest.mark.parametrize(
+    "records,says",
+    [
+        ({"size": "5"}, r"has \d+ bytes by its header and 5 by its pax header"),
+        ({"path": "../a.jpg"}, "leaves the folder"),
+        ({"path": "a.pkl"}, "is a pickle"),
+        ({"GNU.sparse.major": "1"}, r"says 'GNU\.sparse\.major'"),
+        ({"hdrcharset": "BINARY"}, "says 'hdrcharset'"),
+    ],
+)
+def test_pax_headers_that_change_what_is_read_are_refused(tmp_path, records, says):
+    info = with_pax(**records)
+    blocks = info.create_pax_header(info.get_info(), "utf-8")
+    (tmp_path / "p.tar").write_bytes(blocks + JPG + b"\0" * (-len(JPG) % 512) + b"\0" * 1024)
+    with pytest.raises(InputError, match=says):
         index_folder(tmp_path, workers=1, show=False)
-    (tmp_path / "pax.tar").unlink()
-    write_tar(tmp_path / "gnu.tar", [(f"{long}.jpg", JPG)], tarfile.GNU_FORMAT)
-    with pytest.raises(InputError, match=r"gnu\.tar.*long name"):
+
+
+def test_harmless_pax_headers_are_passed_over(tmp_path):
+    info = with_pax(mtime="1.5", atime="2.5", ctime="3.5", uname="ü", comment="c", **{"SCHILY.xattr.user.x": "y"})
+    blocks = info.create_pax_header(info.get_info(), "utf-8")
+    whole = tarfile.TarInfo.create_pax_global_header({"comment": "all"})
+    (tmp_path / "p.tar").write_bytes(whole + blocks + JPG + b"\0" * (-len(JPG) % 512) + b"\0" * 1024)
+    assert index_folder(tmp_path, workers=1, show=False)[0].samples == 1
+    whole = tarfile.TarInfo.create_pax_global_header({"path": "b.jpg"})
+    (tmp_path / "p.tar").write_bytes(whole + blocks + JPG + b"\0" * (-len(JPG) % 512) + b"\0" * 1024)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(InputError, match="global pax header"):
         index_folder(tmp_path, workers=1, show=False)
 
 
