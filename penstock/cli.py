@@ -1,6 +1,7 @@
 """The `penstock` command."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -11,8 +12,23 @@ from penstock.streams import commands as shards
 from penstock.tracking import commands as tracking
 
 
+PIPE_CLOSED = 1  # as rich ends a program then
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit code. Errors of input are told without a traceback."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # so that a reader that has gone is noticed here, not when Python ends
+    except BrokenPipeError:
+        # `penstock compare ... | head` has read enough. What is left in the buffer has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="penstock", description="Streams of images in, small accurate models out.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
