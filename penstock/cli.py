@@ -11,7 +11,6 @@ from penstock.evaluate import _commands as evaluate
 from penstock.streams import commands as shards
 from penstock.tracking import commands as tracking
 
-
 PIPE_CLOSED = 1  # as rich ends a program then
 
 
