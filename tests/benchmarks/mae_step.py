@@ -54,9 +54,13 @@ def main() -> None:
 def _compare(device: str, args: argparse.Namespace, steps: int) -> None:
     context = get_context("spawn")
     lines: dict[str, Connection] = {}
+    processes = []
     for name in args.only:
         lines[name], far = context.Pipe()
-        context.Process(target=_contend, args=(far, name, device, args.batch, args.reference), daemon=True).start()
+        processes.append(
+            context.Process(target=_contend, args=(far, name, device, args.batch, args.reference), daemon=True)
+        )
+        processes[-1].start()
         far.close()
     seconds: dict[str, list[float]] = {name: [] for name in lines}
     ends: dict[str, dict[str, float]] = {}
@@ -67,6 +71,8 @@ def _compare(device: str, args: argparse.Namespace, steps: int) -> None:
             seconds[name].append(ends[name]["seconds"] / steps)
     for line in lines.values():
         line.send(0)
+    for process in processes:
+        process.join(timeout=30)
     anchor = ANCHOR if ANCHOR in seconds else args.only[0]
     rows = []
     for name, times in seconds.items():
