@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -14,9 +15,11 @@ DIGITS = Path("data/digits")
 RUN = Path("runs/mae-digits")
 RECIPE = "configs/demo/mae_digits.yaml"
 NEXT = """
-Look at it   make ui, then open the address it prints; reconstructions are under the run's artifacts
-What next    python -m launch local pretrain configs/cifar10/mae_vit_tiny.yaml --explain   (own images: see the README)
-Again        rm -rf runs/mae-digits && make demo"""
+kNN and linear top-1 learn from every label, "1 label" from a single one per class.
+Look at it    make ui, and open the address it prints; reconstructions are artifacts
+Another run   .venv/bin/python -m launch local --procs 2 pretrain \\
+                  configs/demo/mae_digits.yaml name=hidden-75 method.mask_ratio=0.75
+Your images   see the README"""
 
 
 def add_command(ways: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -52,15 +55,16 @@ def _print(run: dict, seconds: float) -> None:
     def percent(name: str) -> str:
         return f"{metrics[name]:.1f} %"
 
-    table = Table(title="Handwritten digits, 16 x 16, 1,438 to learn from and 359 to test on", title_justify="left")
-    for column in ("run", "what it did", "kNN", "linear top-1", "1 label a class", "images/s", "time"):
-        table.add_column(column, justify="left" if column in ("run", "what it did") else "right")
+    title = "Handwritten digits, 16 x 16: 1,438 to learn from, 359 to test on"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    for column in ("run", "what it did", "kNN", "linear top-1", "1 label", "images/s", "time"):
+        table.add_column(column, justify="left" if column in ("run", "what it did") else "right", no_wrap=True)
     for name, what, where, speed, took in (
         ("untrained", "random weights", "untrained", "", ""),
-        (RUN.name, "MAE without labels", "final", f"{metrics['perf/images_per_second']:.0f}", f"{seconds:.0f} s"),
+        (RUN.name, "MAE, no labels", "final", f"{metrics['perf/images_per_second']:.0f}", f"{seconds:.0f} s"),
     ):
         shown = [percent(f"{where}/{m}") for m in ("knn_top1", "linear_top1", "linear_top1_1_per_class")]
         table.add_row(name, what, *shown, speed, took)
     console = Console()
     console.print(table)
-    console.print(NEXT, highlight=False)
+    console.print(NEXT, highlight=False, soft_wrap=True)
