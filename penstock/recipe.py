@@ -4,7 +4,7 @@
 the result into a validated model, or into one InputError that lists everything that is wrong.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -187,8 +187,11 @@ def _short(path: Path) -> str:
 # Checking --------------------------------------------------------------------------------------
 
 
-def check(model: type[Block], source: Source) -> Any:
-    """A validated `model`, or one InputError with every mistake: its key, where it was written, and what to write."""
+def check(model: type[Block], source: Source, without: Sequence[Rule] = ()) -> Any:
+    """A validated `model`, or one InputError with every mistake: its key, where it was written, and what to write.
+
+    `without` names rules of the model that are not to be applied.
+    """
     problems: dict[str, str] = {}
     values: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(source.values))  # type: ignore[assignment]
     valid, before = None, -1
@@ -206,7 +209,7 @@ def check(model: type[Block], source: Source) -> Any:
                     problems.setdefault(key, text)
                 _drop(values, key.removesuffix(".name") if detail["type"].startswith("union_tag") else key)
     recipe = valid or _partial(made, values)
-    for rule in model.rules:
+    for rule in (rule for rule in model.rules if rule not in without):
         with suppress(AttributeError) if problems else nullcontext():  # a rule may need what is wrong or missing
             for key, _, text in (line.partition(": ") for line in rule(recipe)):
                 problems.setdefault(key, text)

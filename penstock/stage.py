@@ -39,6 +39,12 @@ def evaluations_have_data(recipe: Any) -> Iterator[str]:
         yield "data.val: evaluate needs a validation set; give a packed one, or leave evaluations out (evaluate=null)"
 
 
+def data_is_here(recipe: Any) -> Iterator[str]:
+    for name, folder in (("train", recipe.data.train), ("val", recipe.data.val)):
+        if folder is not None and not folder.exists():
+            yield f"data.{name}: there is no {folder} here; pack it with `penstock shards pack IMAGES {folder}`"
+
+
 class Recipe(Block):
     """The blocks every stage has; a stage adds its own."""
 
@@ -56,7 +62,7 @@ class Recipe(Block):
     checkpoint: Checkpoints.Config = Checkpoints.Config()
     tracking: Tracker.Config = Tracker.Config()
 
-    rules: ClassVar[tuple[Rule, ...]] = (optimizer_sees_shapes, evaluations_have_data)
+    rules: ClassVar[tuple[Rule, ...]] = (optimizer_sees_shapes, evaluations_have_data, data_is_here)
 
     @field_validator("name")
     @classmethod
@@ -86,7 +92,7 @@ Start = Callable[[Any], int]
 
 
 def main(stage: str, model: type[Recipe], start: Start, argv: Sequence[str] | None = None) -> int:
-    """Run a stage's command line; its exit code: 0 done, 1 failed, 2 the input is wrong, 75 stopped and resumable."""
+    """Run a stage's command line; its exit code: 0 done, 2 the input is wrong, 3 diverged, 75 stopped and resumable."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {stage}",
         description=f"Run a {stage} recipe. Any value can be given on the command line as key=value.",
@@ -104,12 +110,15 @@ def main(stage: str, model: type[Recipe], start: Start, argv: Sequence[str] | No
             _print_keys(model, load(args.recipe, args.overrides) if args.recipe else None)
             return DONE if args.help else INPUT_WRONG
         source = load(args.recipe, args.overrides)
-        recipe = check(model, source)
+        looking = args.check or args.explain  # a login node need not hold the data
+        recipe = check(model, source, without=(data_is_here,) if looking else ())
         if args.explain:
             _explain(recipe, source)
         if args.check:
             print(f"{args.recipe}: good. {recipe.name}: {recipe.duration} in batches of {recipe.batch}")
-        return DONE if args.check or args.explain else _exit(start(recipe))
+            for absent in data_is_here(recipe):
+                print(f"but {absent}")
+        return DONE if looking else _exit(start(recipe))
     except InputError as error:
         return _exit(INPUT_WRONG, f"{stage}: {error}")
     except RunFailed as error:

@@ -29,7 +29,7 @@ class Data:
         @field_validator("train", "val")
         @classmethod
         def _packed(cls, folder: Path | None) -> Path | None:
-            if folder is not None:
+            if folder is not None and folder.exists():  # absent ones are a rule of the recipe
                 try:
                     Manifest.load(folder)
                 except InputError as error:

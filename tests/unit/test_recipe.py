@@ -284,6 +284,11 @@ def test_check_says_good_or_what_is_wrong(good, capsys):
     assert "no recipe at" in capsys.readouterr().err
 
 
+def test_check_passes_without_the_data_and_says_so(good, capsys):
+    assert pretrain(good, "--check", "data.train=/nowhere") == DONE
+    assert "but data.train: there is no /nowhere here; pack it" in capsys.readouterr().out
+
+
 def test_explain_tells_every_value_and_where_it_came_from(good, capsys):
     assert pretrain(good, "method=simclr", "augment=simclr", "augment.size=48", "--explain") == DONE
     rows = {words[0]: words for words in map(str.split, capsys.readouterr().out.splitlines()[1:])}
