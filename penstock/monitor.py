@@ -77,7 +77,8 @@ class Monitor:
 
     def _evaluate(self, step: int, due: Mapping[str, Any]) -> None:
         assert self.train is not None and self.val is not None
-        measured: Measured = measure(self.engine.task.backbone, due, self.train, self.val, self.engine.device)
+        with self.engine.autocast():
+            measured: Measured = measure(self.engine.task.backbone, due, self.train, self.val, self.engine.device)
         values = {f"eval/{name}": value for name, value in measured.metrics.items()}
         values |= {f"health/{name}": value for name, value in measured.health.items()}
         self.tracker.log(step, values)
