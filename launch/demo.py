@@ -7,7 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -56,7 +55,7 @@ def _print(run: dict, seconds: float) -> None:
         return f"{metrics[name]:.1f} %"
 
     title = "Handwritten digits, 16 x 16: 1,438 to learn from, 359 to test on"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for column in ("run", "what it did", "kNN", "linear top-1", "1 label", "images/s", "time"):
         table.add_column(column, justify="left" if column in ("run", "what it did") else "right", no_wrap=True)
     for name, what, where, speed, took in (
