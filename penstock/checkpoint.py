@@ -96,7 +96,7 @@ class Checkpoints:
         _sync_folder(self.folder)
 
     def _retain(self) -> None:
-        """Remove what the retention rule does not keep, damaged ones first noticed on load included."""
+        """Remove what the retention rule does not keep."""
         found = self.found()
         for path in found[: -self.config.keep]:
             if not _read_json(path / STATE).get("forever"):

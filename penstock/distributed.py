@@ -32,30 +32,12 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def barrier() -> None:
-    if started():
-        dist.barrier()
-
-
 def all_sum(values: Tensor) -> Tensor:
     """Sum over ranks, without gradient; returns a new tensor."""
     total = values.detach().clone()
     if started() and dist.get_world_size() > 1:
         dist.all_reduce(total)
     return total
-
-
-def all_max(values: Tensor) -> Tensor:
-    """Maximum over ranks, without gradient; returns a new tensor."""
-    largest = values.detach().clone()
-    if started() and dist.get_world_size() > 1:
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return largest
-
-
-def any_rank(flag: bool) -> bool:
-    """True on every rank when `flag` is true on any."""
-    return bool(all_max(torch.tensor(float(flag), device=device())).item())
 
 
 def broadcast(value: Any, source: int = 0) -> Any:

@@ -101,7 +101,6 @@ class Engine:
         self._total: Tensor | None = None
         self._stop = torch.zeros(())
         self._broadcast_buffers()
-        self.names = [name for name, param in task.named_parameters() if param.requires_grad]
         if config.compile:
             for part in task.compiled_parts():
                 part.compile()
@@ -172,17 +171,8 @@ class Engine:
 
     # Evaluation ---------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Eval mode, no gradient, the recipe's precision; train mode again afterwards."""
-        self.task.eval()
-        try:
-            with torch.no_grad(), self.autocast():
-                yield
-        finally:
-            self.task.train()
-
     def autocast(self) -> AbstractContextManager:
+        """The recipe's precision, for what runs beside training: evaluations, pictures."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     # Weights and optimizer state by name --------------------------------------------------------------------------
