@@ -49,15 +49,9 @@ class Monitor:
     ):
         self.config, self.engine, self.tracker, self.clock, self.meters = config, engine, tracker, clock, meters
         self.evaluations = {name: block for name, block in evaluations.items() if block is not None}
-        self.val = self.train = None
+        self.train = self._stream(data, data.train)
+        self.val = self._stream(data, data.val) if data.val is not None else None
         self.latest: dict[str, float] = {}
-        if self.evaluations and data.val is None:
-            raise InputError(
-                "evaluate needs a validation set: give data.val (a packed set), or leave the evaluations out "
-                "(evaluate=null)"
-            )
-        if data.val is not None:
-            self.val, self.train = self._stream(data, data.val), self._stream(data, data.train)
 
     def observe(self, step: int) -> None:
         """Whatever is due after `step` optimizer steps. Collective."""
@@ -76,7 +70,7 @@ class Monitor:
             self._pictures(step)
 
     def _evaluate(self, step: int, due: Mapping[str, Any]) -> None:
-        assert self.train is not None and self.val is not None
+        assert self.val is not None  # a rule of the recipe
         with self.engine.autocast():
             measured: Measured = measure(self.engine.task.backbone, due, self.train, self.val, self.engine.device)
         values = {f"eval/{name}": value for name, value in measured.metrics.items()}
@@ -92,10 +86,7 @@ class Monitor:
                 print(f"alarm at step {step}: {alarm}", file=sys.stderr, flush=True)
 
     def _pictures(self, step: int) -> None:
-        stream = self.val or self.train
-        if stream is None:
-            return
-        batch = next(iter(stream)).to(self.engine.device)
+        batch = next(iter(self.train if self.val is None else self.val)).to(self.engine.device)
         with self.engine.autocast():
             pictures = self.engine.task.pictures(batch)
         for name, picture in pictures.items():
@@ -105,7 +96,7 @@ class Monitor:
         backbone = self.engine.task.backbone
         height, width = backbone.size
         if height != width:
-            raise InputError(f"evaluations see square images; backbone.size is {height} x {width}")
+            raise InputError(f"images are squares here, but backbone.size is {height} x {width}; give one number")
         augment = ResizeCrop(ResizeCrop.Config(size=float(height), crop_pct=self.config.crop_pct))
         return EvalStream(
             Images(manifest, data.config.channels, data.config.cache),

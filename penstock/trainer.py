@@ -59,7 +59,8 @@ def fit(run: Run) -> bool:
     engine, clock, meters = run.engine, run.clock, run.meters
     state, books = _restore(run)
     batches = run.stream.batches(state.samples, state.step)
-    run.observe(state.step)
+    if state.step in (0, clock.total):  # what was due at another step was done before its checkpoint
+        run.observe(state.step)
     with progress("training", clock.total, state.step, show=distributed.is_main()) as bar:
         while state.step < clock.total:
             torch.manual_seed(keyed.key(run.seed, DROPOUT, state.step, distributed.rank()))

@@ -109,6 +109,13 @@ def test_no_compiler_is_needed(recipe, tmp_path):
     assert code == 0, output
 
 
+def test_images_without_labels_or_a_validation_set_give_pictures(recipe, tmp_path):
+    overrides = ("duration=2 steps", "data.val=null", "evaluate=null", "monitor.pictures=100%")
+    code, output = finish(start(tmp_path, recipe, *overrides))
+    assert code == 0, output
+    assert (tmp_path / "run/pictures/reconstruction/00000002.png").is_file()
+
+
 def test_a_run_that_diverges_stops_with_the_keys_of_its_batch(recipe, tmp_path):
     code, output = finish(start(tmp_path, recipe, "optim.lr=1e30", "engine.max_skipped=3", "optim.schedule=constant"))
     assert code == 3 and "3 steps in a row" in output and "its samples: 0" in output, output
