@@ -79,11 +79,11 @@ class Checkpoints:
             about = {**state, "step": step, "world": distributed.world(), "forever": forever, "fp16": engine.scaler()}
             trouble = _attempt(lambda: self._complete(partial, final, files, about))
             troubles = [trouble] if trouble else []
-        troubles = distributed.broadcast(troubles)
-        if distributed.is_main():
+        if troubles and distributed.is_main():
             shutil.rmtree(partial, ignore_errors=True)
-            if not troubles:
-                self._retain()
+        troubles = distributed.broadcast(troubles)
+        if not troubles and distributed.is_main():
+            self._retain()
         return "; ".join(troubles) or None
 
     def _complete(self, partial: Path, final: Path, files: dict[str, Any], about: dict[str, Any]) -> None:
