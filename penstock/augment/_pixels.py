@@ -10,6 +10,20 @@ from torch import Tensor
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 
+# ImageNet's colours in [0, 1]; their luma stands for them in greyscale images.
+MEAN, STD, LUMA = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (0.299, 0.587, 0.114)
+
+
+def mean_colour(channels: int) -> tuple[int, ...]:
+    """ImageNet's mean colour in [0, 255], for 3 channels or 1."""
+    mean = MEAN if channels == 3 else (sum(m * share for m, share in zip(MEAN, LUMA, strict=True)),)
+    return tuple(round(255 * value) for value in mean)
+
+
+def spread_of_colour(channels: int) -> tuple[float, ...]:
+    """ImageNet's standard deviation in [0, 255], for 3 channels or 1."""
+    return tuple(255 * value for value in (STD if channels == 3 else (sum(STD) / 3,)))
+
 
 def planes(image: np.ndarray) -> Tensor:
     """[H, W, C] to [C, H, W] without a copy."""
@@ -53,6 +67,27 @@ def crop_flip(
     top, left, height, width = random_box(image.shape[0], image.shape[1], scale, ratio)
     # Flipping the small crop is cheap; the box is uniform, so the order of the two does not matter.
     view = resize(planes(image)[:, top : top + height, left : left + width], size, size, interpolation)
+    return view.flip(-1) if random.random() < flip else view
+
+
+def padded_crop(image: np.ndarray, size: int, pad: int, padding: str, interpolation: str, flip: float) -> Tensor:
+    """The image with its short side resized to `size`, padded, and a square of `size` cut out anywhere.
+
+    CIFAR's usual crop, and DeiT III's "simple random crop" (Touvron et al. 2022).
+
+    Args:
+        pad: pixels on each side; less than `size` where `padding` is "reflect".
+        padding: "reflect" or "constant" (black).
+        flip: probability of mirroring.
+    """
+    height, width = image.shape[:2]
+    short = min(height, width)
+    tall, wide = int(size * height / short), int(size * width / short)
+    resized = resize(planes(image), tall, wide, interpolation)
+    if pad:
+        resized = F.pad(resized[None], (pad, pad, pad, pad), padding)[0]
+    top, left = random.randint(0, tall + 2 * pad - size), random.randint(0, wide + 2 * pad - size)
+    view = resized[:, top : top + size, left : left + size]
     return view.flip(-1) if random.random() < flip else view
 
 
