@@ -1,7 +1,7 @@
 """A timm model as the rest of Penstock sees it: uint8 images in, pooled and spatial features out."""
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -11,6 +11,9 @@ from penstock.backbones import names
 from penstock.backbones.attention import choose_attention
 from penstock.errors import InputError
 from penstock.recipe import Block
+
+if TYPE_CHECKING:
+    from penstock.backbones.weights import Report
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # timm arguments that Backbone.Config's own fields set.
@@ -30,10 +33,12 @@ class Backbone(nn.Module):
     Attributes:
         model: the timm model, without a classifier.
         dim: width of the pooled features.
+        spatial_dim: channels of the spatial features.
         kind: "tokens" or "map", the form of `Features.spatial`.
         patch: pixels (height, width) of a ViT's patch, None for other models.
         size: image (height, width) the model was made for; ViTs take others that their patch divides.
         mean, std: fp32 [channels], of images in [0, 1]; not part of the state dict.
+        loaded: what became of the tensors of a file of weights, if one was loaded.
     """
 
     class Config(Block):
@@ -44,6 +49,7 @@ class Backbone(nn.Module):
         weights: str | None = Field(
             None, description="'timm', an export folder, a .safetensors file, or a published .pth checkpoint"
         )
+        match: float = Field(0.9, ge=0, le=1, description="least share of the tensors that a file of weights must hold")
         mean: tuple[float, ...] = Field(IMAGENET_MEAN, description="per channel, of images in [0, 1]; or one for all")
         std: tuple[float, ...] = Field(IMAGENET_STD, description="per channel, of images in [0, 1]; or one for all")
         pool: Literal["avg", "token"] | None = Field(
@@ -112,6 +118,7 @@ class Backbone(nn.Module):
         self.config = config
         self.model: Any = _create(config)  # an nn.Module with timm's methods
         self.size = config.height_width
+        self.loaded: Report | None = None
         for name, values in (("mean", config.mean), ("std", config.std)):
             self.register_buffer(name, torch.tensor(config.per_channel(values)), persistent=False)
         self._prefix = getattr(self.model, "num_prefix_tokens", 0)
@@ -119,6 +126,7 @@ class Backbone(nn.Module):
         features = self._probe()
         self.dim = features.pooled.shape[1]
         self.kind: Literal["tokens", "map"] = "tokens" if features.spatial.ndim == 3 else "map"
+        self.spatial_dim = features.spatial.shape[2 if self.kind == "tokens" else 1]
         choose_attention(
             self.model, features.spatial.shape[1] if self.kind == "tokens" else features.spatial[0, 0].numel()
         )
@@ -127,7 +135,7 @@ class Backbone(nn.Module):
         if config.weights not in (None, "timm"):
             from penstock.backbones.weights import load_weights
 
-            load_weights(self.model, Path(str(config.weights)).expanduser(), self.size)
+            self.loaded = load_weights(self.model, Path(str(config.weights)).expanduser(), self.size, config.match)
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 [B, C, H, W] to fp32: (images / 255 - mean) / std, as one multiplication and addition."""

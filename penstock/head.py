@@ -1,0 +1,116 @@
+"""What turns a backbone's features into logits: a linear layer, perhaps behind a norm or an attention pooling."""
+
+import math
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from penstock.backbones.backbone import Backbone, Features
+from penstock.backbones.batchnorm import BatchNorm
+from penstock.errors import InputError
+from penstock.recipe import Block
+
+OWN_INITS = ("random", "probe", "weights")
+PROBE_EPS = 1e-6  # of the norms, as in MAE's linear probe
+
+
+class Head(nn.Module):
+    """A classifier of features.
+
+    Args:
+        dim: width of the pooled features.
+        classes: number of classes K.
+        backbone: whose features come; its spatial ones are what the attentive head pools.
+
+    `drop` is a dropout before the linear layer, 0 until something sets it.
+    """
+
+    class Config(Block):
+        kind: Literal["linear", "attentive"] = Field(
+            "linear", description="linear: on pooled features; attentive: pools the spatial ones by attention"
+        )
+        heads: int = Field(8, ge=1, description="attention heads of the attentive kind")
+        norm: Literal["none", "batch", "layer"] = Field(
+            "none", description="before the linear layer; batch: over all ranks, without scale and shift (MAE's probe)"
+        )
+        init: str = Field(
+            "random",
+            description="random; probe: a linear probe of the backbone as it starts (LP-FT); weights: the classifier "
+            "in backbone.weights, by class name; or the path of another classifier",
+        )
+        init_std: float = Field(0.01, ge=0, description="standard deviation of random weights")
+        bias: Literal["zero", "prior"] = Field(
+            "zero", description="where the bias starts; prior: at -log K, for losses that see each class on its own"
+        )
+
+        @field_validator("init")
+        @classmethod
+        def _exists(cls, init: str) -> str:
+            if init not in OWN_INITS and not Path(init).expanduser().exists():
+                raise ValueError(f"there is no classifier at {init!r}; give its path, or one of {', '.join(OWN_INITS)}")
+            return init
+
+    def __init__(self, config: "Head.Config", dim: int, classes: int, backbone: Backbone):
+        super().__init__()
+        self.config = config
+        self.pool: AttentionPool | None = None
+        if config.kind == "attentive":
+            dim = backbone.spatial_dim
+            self.pool = AttentionPool(dim, config.heads)
+        self.norm: nn.Module = nn.Identity()
+        if config.norm == "batch":
+            self.norm = BatchNorm(dim, eps=PROBE_EPS, affine=False)
+        elif config.norm == "layer":
+            self.norm = nn.LayerNorm(dim, eps=PROBE_EPS)
+        self.drop = nn.Dropout(0.0)
+        self.linear = nn.Linear(dim, classes)
+        nn.init.zeros_(self.linear.weight)
+        if config.init_std > 0:
+            nn.init.trunc_normal_(self.linear.weight, std=config.init_std)  # cut at -2 and 2, as MAE and timm do
+        nn.init.constant_(self.linear.bias, -math.log(classes) if config.bias == "prior" else 0.0)
+
+    def forward(self, features: Features) -> Tensor:
+        """Logits, fp32 [B, K]."""
+        x = features.pooled if self.pool is None else self.pool(features.spatial)
+        return self.linear(self.drop(self.norm(x))).float()
+
+    def folded(self) -> tuple[Tensor, Tensor] | None:
+        """Weight [K, D] and bias [K] of what the head is in eval mode: a linear map of pooled features, or None."""
+        weight, bias = self.linear.weight.detach().double(), self.linear.bias.detach().double()
+        if self.pool is not None or self.config.norm == "layer":
+            return None
+        if isinstance(self.norm, BatchNorm):
+            assert self.norm.running_mean is not None and self.norm.running_var is not None
+            weight = weight * (self.norm.running_var.double() + self.norm.eps).rsqrt()
+            bias = bias - weight @ self.norm.running_mean.double()
+        return weight.float(), bias.float()
+
+
+class AttentionPool(nn.Module):
+    """One learned query attends to all positions, then an MLP: [B, L, D] or [B, D, h, w] to [B, D].
+
+    The attentive probe of V-JEPA (Bardes et al. 2024) with one block; timm's latent attention behind a norm.
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        from timm.layers import AttentionPoolLatent
+
+        if dim % heads:
+            raise InputError(f"head.heads: {heads} heads do not divide the {dim} channels of the spatial features")
+        self.norm = nn.LayerNorm(dim, eps=PROBE_EPS)
+        self.attend = AttentionPoolLatent(dim, num_heads=heads, norm_layer=nn.LayerNorm)
+
+    def forward(self, spatial: Tensor) -> Tensor:
+        tokens = spatial if spatial.ndim == 3 else spatial.flatten(2).transpose(1, 2)
+        return self.attend(self.norm(tokens))
+
+
+@torch.no_grad()
+def set_linear(head: Head, weight: Tensor, bias: Tensor) -> None:
+    """Fill the head's linear layer: weight [K, D], bias [K]."""
+    head.linear.weight.copy_(weight)
+    head.linear.bias.copy_(bias)
