@@ -6,6 +6,7 @@ all ranks at every stage, and weights and optimizer state are read and written a
 """
 
 import logging
+import math
 import os
 import shutil
 import socket
@@ -20,10 +21,13 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from penstock import distributed
+from penstock.decay import Decay
 from penstock.engine_settings import check_extra
 from penstock.engine_state import Masters
 from penstock.errors import InputError
+from penstock.optim import write
 from penstock.recipe import Block
+from penstock.sam import Sam
 from penstock.task import StepOutput, Task
 
 Precision = Literal["fp32", "bf16", "bf16_pure", "fp16"]
@@ -44,7 +48,7 @@ class Engine:
 
     Args:
         task: the module; moved to this rank's device.
-        optimizer: over the task's parameters; its groups carry `lr_scale` and `decayed` (penstock/optim.py).
+        optimizer: over the task's parameters, from penstock/optim.py, whose `write` its groups are made for.
         micro_batch: samples per rank and micro-step.
     """
 
@@ -54,7 +58,13 @@ class Engine:
             "bf16", description="bf16: fp32 weights, bf16 autocast; bf16_pure, fp16: cast weights"
         )
         accumulation: int = Field(1, ge=1, description="micro-batches per optimizer step")
-        clip: float | None = Field(None, gt=0, description="largest norm of the gradient")
+        clip: float | None = Field(None, gt=0, description="threshold of clipping: the largest norm, value or ratio")
+        clip_by: Literal["norm", "value", "agc"] = Field(
+            "norm",
+            description="norm of the whole gradient; each value; or agc, adaptive: the gradient's norm by unit of the "
+            "backbone, as a share of the weights' (Brock et al. 2021; clip: 0.01)",
+        )
+        sam: Sam.Config | None = Field(None, description="sharpness-aware minimization, at twice the cost of a step")
         checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
         compile: bool = Field(False, description="torch.compile the task's parts")
         max_skipped: int = Field(10, ge=1, description="steps in a row that may be skipped as not finite")
@@ -76,6 +86,18 @@ class Engine:
             if self.compile and self.zero == 3:
                 raise ValueError(
                     "compile: true with zero: 3 breaks at every gathered weight; use zero: 2 or compile: false"
+                )
+            if self.clip_by != "norm" and self.clip is None:
+                raise ValueError(f"clip_by: {self.clip_by} needs a threshold; give clip, such as clip: 0.01")
+            if self.clip_by != "norm" and self.zero > 0:
+                raise ValueError(
+                    f"clip_by: {self.clip_by} with zero: {self.zero}: DeepSpeed can only clip its cut-up gradients by "
+                    "their norm; use zero: 0, or clip_by: norm"
+                )
+            if self.sam is not None and self.zero > 0:
+                raise ValueError(
+                    f"sam: with zero: {self.zero} no rank has the whole gradient that SAM climbs before the step "
+                    "(fairscale #989); use zero: 0, or sam: null"
                 )
             return self
 
@@ -101,17 +123,21 @@ class Engine:
         self._total: Tensor | None = None
         self._stop = torch.zeros(())
         self._broadcast_buffers()
+        self._sam = Sam(config.sam) if config.sam is not None else None
+        self._add_decays()
         if config.compile:
             for part in task.compiled_parts():
                 part.compile()
 
     # One optimizer step ------------------------------------------------------------------------------------------
 
-    def set(self, knobs: Mapping[str, float]) -> None:
-        """Write this step's learning rate and weight decay into every parameter group."""
-        for group in self.groups:
-            group["lr"] = knobs["lr"] * group["lr_scale"]
-            group["weight_decay"] = knobs["weight_decay"] if group["decayed"] else 0.0
+    def set(self, knobs: Mapping[str, float], now: float = math.inf) -> None:
+        """Write this step's rate, decays and momentum into every group; those that open after `now` stay as they are.
+
+        Args:
+            now: nominal time before the step (`Tick.before`); by default every group is open.
+        """
+        write(self.groups, knobs, now)
 
     def begin(self, valid: Tensor, stop: bool = False) -> None:
         """Start a step whose micro-batches on this rank hold `valid` samples of weight > 0 (a float scalar).
@@ -121,6 +147,24 @@ class Engine:
         votes = distributed.all_sum(torch.stack([valid.float(), torch.tensor(float(stop))]).to(self.device))
         self._total, self._stop = votes[0].clamp(min=1), votes[1]
         self._micro_step = 0
+
+    def sweeps(self, step: int) -> Iterator[int]:
+        """How often the micro-batches of the step after `step` steps run forward and backward: once, or twice with SAM.
+
+        Seed the random numbers before each sweep, so that both see the same dropout; metrics count in sweep 0 alone.
+        """
+        yield 0
+        if self._sam is None or not self._sam.due(step):
+            return
+        self._reduce()
+        buffers = [(buffer, buffer.clone()) for buffer in self.task.buffers()]
+        params = self._trained()
+        if self._sam.climb(params):  # else the gradient is not finite, and step() skips it
+            self._micro_step = 0
+            yield 1
+            self._sam.back(params)
+            for buffer, before in buffers:  # running statistics belong to the weights that stay
+                buffer.copy_(before)
 
     def forward(self, batch: Any, knobs: Mapping[str, float]) -> StepOutput:
         """The task on one micro-batch, under the recipe's precision."""
@@ -152,22 +196,42 @@ class Engine:
 
     def _step_plain(self) -> tuple[bool, float]:
         # At stage 0 DeepSpeed would let a NaN into the weights, and does not tell the norm it clips by.
-        params = [param for param in self.task.parameters() if param.requires_grad]
-        for param in params:
-            if param.grad is None:  # it decays all the same, as at the other stages
-                param.grad = torch.zeros_like(param)
-        if self.world > 1:
-            self._ds.buffered_allreduce_fallback(elements_per_buffer=BUCKET)
+        self._reduce()
+        params = self._trained()
         norm = nn.utils.get_total_norm([param.grad for param in params if param.grad is not None])
         value = float(norm)
-        applied = value == value and abs(value) != float("inf")
+        applied = math.isfinite(value)
         if applied:
-            if self.config.clip is not None:
-                nn.utils.clip_grads_with_norm_(params, self.config.clip, norm)
+            self._clip(params, norm)
             self._ds.step()
         else:
             self._ds.zero_grad()
         return applied, value
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [param for param in self.task.parameters() if param.requires_grad]
+
+    def _reduce(self) -> None:
+        """Average the gradients over the ranks, at stage 0. To do it twice changes nothing."""
+        for param in self._trained():
+            if param.grad is None:  # it decays all the same, as at the other stages
+                param.grad = torch.zeros_like(param)
+        if self.world > 1:
+            self._ds.buffered_allreduce_fallback(elements_per_buffer=BUCKET)
+
+    def _clip(self, params: list[nn.Parameter], norm: Tensor) -> None:
+        clip = self.config.clip
+        if clip is None:
+            return
+        if self.config.clip_by == "norm":
+            nn.utils.clip_grads_with_norm_(params, clip, norm)
+        elif self.config.clip_by == "value":
+            nn.utils.clip_grad_value_(params, clip)
+        else:
+            from timm.utils import adaptive_clip_grad
+
+            # The paper leaves the head alone. Here it is what is no part of the backbone.
+            adaptive_clip_grad([param for param in self.task.backbone.parameters() if param.requires_grad], clip)
 
     # Evaluation ---------------------------------------------------------------------------------------------------
 
@@ -208,6 +272,14 @@ class Engine:
     def restore_scaler(self, state: Mapping[str, float]) -> None:
         for key, value in state.items():
             setattr(self._ds.optimizer.loss_scaler, key, value)
+
+    def _add_decays(self) -> None:
+        """Keep the starting weights that groups are pulled to; called before a checkpoint can change them."""
+        anchored = {name for group in self.groups if group["anchored"] for name in group["names"]}
+        if anchored or any(group["cautious"] for group in self.groups):
+            masters = self.masters()
+            held = {masters.flat[param]: name for name, param in self.task.named_parameters() if name in anchored}
+            Decay(masters.optimizer, held)
 
     def _broadcast_buffers(self) -> None:
         if self.world > 1:
