@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from penstock import distributed
 from penstock.backbones import Backbone
-from penstock.backbones.batchnorm import SyncBatchNorm, convert, set_valid
+from penstock.backbones.batchnorm import BatchNorm, convert, set_valid
 from penstock.errors import InputError
 from penstock.recipe import Block
 from penstock.schedule import Knob
@@ -88,7 +88,7 @@ class SimCLR(Task):
         for depth, (inputs, outputs) in enumerate(pairwise(widths)):
             last = depth == config.layers - 1
             # As in the paper's code: every linear layer is normalised; the last has no shift and no activation.
-            blocks += [nn.Linear(inputs, outputs, bias=False), SyncBatchNorm(outputs, bias=not last)]
+            blocks += [nn.Linear(inputs, outputs, bias=False), BatchNorm(outputs, bias=not last)]
             blocks += [] if last else [nn.ReLU(inplace=True)]
         self.projector = nn.Sequential(*blocks)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from penstock.backbones.batchnorm import SyncBatchNorm, convert, set_valid
+from penstock.backbones.batchnorm import BatchNorm, convert, set_valid
 
 SHAPES = {"vectors": (8, 3), "maps": (8, 3, 4, 5)}
 
@@ -40,7 +40,7 @@ def _run(layer: nn.Module, x: torch.Tensor, pull: torch.Tensor) -> dict[str, np.
 
 def _rank_part(rank: int, world: int, shape: tuple[int, ...], masked: bool, affine: bool) -> dict[str, np.ndarray]:
     x, pull, valid = (part.chunk(world)[rank] for part in _inputs(shape))
-    layer = _layer(SyncBatchNorm, affine)
+    layer = _layer(BatchNorm, affine)
     if masked:
         set_valid(layer, valid.float())
         pull = pull * valid.view(-1, *[1] * (x.ndim - 1))
@@ -72,7 +72,7 @@ def test_equals_one_process(ranks, world, shape, masked, affine):
 
 
 def _nothing_valid(rank: int, world: int) -> list[float]:
-    layer = SyncBatchNorm(3)
+    layer = BatchNorm(3)
     set_valid(layer, torch.zeros(4))
     x = torch.randn(4, 3, requires_grad=True)
     layer(x).sum().mul(0).backward()
@@ -87,7 +87,7 @@ def test_no_valid_sample_anywhere_leaves_the_statistics(ranks):
 def _half(rank: int, world: int) -> tuple[str, np.ndarray, np.ndarray]:
     generator = torch.Generator().manual_seed(rank)
     x = (torch.randn(64, 3, 8, 8, generator=generator) + 30).bfloat16()
-    layer = SyncBatchNorm(3, momentum=1.0)
+    layer = BatchNorm(3, momentum=1.0)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
     return str(y.dtype), layer.running_mean.numpy(), x.double().numpy()
@@ -114,7 +114,7 @@ def test_convert_keeps_outputs_names_and_parameters():
     for module in (model, other):
         convert(module)
         norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        assert norms and all(isinstance(norm, SyncBatchNorm) for norm in norms)
+        assert norms and all(isinstance(norm, BatchNorm) for norm in norms)
     assert list(model.state_dict()) == names
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     with torch.no_grad():
@@ -124,6 +124,6 @@ def test_convert_keeps_outputs_names_and_parameters():
 
 def test_one_process_trains_as_torch_does():
     torch.manual_seed(0)
-    x, ours, theirs = torch.randn(6, 3, 4, 4), SyncBatchNorm(3), nn.BatchNorm2d(3)
+    x, ours, theirs = torch.randn(6, 3, 4, 4), BatchNorm(3), nn.BatchNorm2d(3)
     assert torch.equal(ours(x), theirs(x))
     assert torch.equal(ours.running_var, theirs.running_var)
