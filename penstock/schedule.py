@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -13,9 +13,13 @@ UNITS = {"step": "steps", "epoch": "epochs", "sample": "samples", "%": "%"}
 
 @dataclass(frozen=True)
 class Clock:
-    """What turns durations into steps: the run's length, its batch, and the size of an epoch."""
+    """What turns durations into steps: the run's length, its batch, and the size of an epoch.
 
-    total: int  # optimizer steps in the run
+    Time is counted in steps of `batch` samples. Where the batch grows during a run (penstock/streams/train.py), an
+    optimizer step lasts longer than 1, and the run takes fewer of them; the samples seen stay the same.
+    """
+
+    total: int  # steps of `batch` samples in the run
     batch: int  # samples per optimizer step, over all ranks
     epoch: int  # samples in an epoch
 
@@ -29,10 +33,42 @@ class Clock:
         per_unit = {"steps": 1.0, "epochs": self.epoch / self.batch, "samples": 1 / self.batch, "%": self.total / 100}
         return duration.amount * per_unit[duration.unit]
 
-    def every(self, duration: "Length", step: int) -> bool:
-        """Whether the interval ends at `step` (counted from 1, after the optimizer step)."""
-        length = self.steps(duration)
-        return length > 0 and math.floor(step / length + 1e-9) > math.floor((step - 1) / length + 1e-9)
+    @property
+    def samples(self) -> int:
+        """Samples in the run."""
+        return self.total * self.batch
+
+    def tick(self, step: int, seen: int, before: int | None = None, ended: bool = False) -> "Tick":
+        """The moment after optimizer step `step`, which took the samples seen from `before` to `seen`."""
+        return Tick(step, (seen if before is None else before) / self.batch, seen / self.batch, self, ended)
+
+
+@dataclass(frozen=True)
+class Tick:
+    """The moment after an optimizer step, or before the first."""
+
+    step: int  # optimizer steps taken
+    before: float  # the clock's time before the step
+    now: float  # and after it
+    clock: Clock
+    ended: bool = False  # the run was ended here, before its time
+
+    @property
+    def first(self) -> bool:
+        return self.step == 0
+
+    @property
+    def last(self) -> bool:
+        return self.ended or self.now >= self.clock.total
+
+    def due(self, duration: "Length | None") -> bool:
+        """Whether what happens at the start, the end and every `duration` happens now."""
+        return self.first or self.last or self.every(duration)
+
+    def every(self, duration: "Length | None") -> bool:
+        """Whether an interval of this length has just ended; never for None."""
+        length = self.clock.steps(duration) if duration is not None else 0
+        return length > 0 and math.floor(self.now / length + 1e-9) > math.floor(self.before / length + 1e-9)
 
 
 @dataclass(frozen=True)
@@ -165,6 +201,8 @@ Curve = Annotated[
 ]
 CURVES = {kind.model_fields["name"].default: kind for kind in _Curve.__subclasses__()}
 
+Scale = Callable[[int], float]
+
 # A number that may follow a curve over the run.
 Knob = float | Curve
 
@@ -185,15 +223,19 @@ class Curves:
 
     Args:
         knobs: numbers or curves.
-        scale: factors on some of them; a schedule of the learning rate is a fraction of its peak.
+        scale: for some of them, what a batch multiplies them by; a schedule of the learning rate is a fraction of its
+            peak, which depends on the batch.
     """
 
-    def __init__(self, knobs: Mapping[str, Any], clock: Clock, scale: Mapping[str, float] | None = None):
+    def __init__(self, knobs: Mapping[str, Any], clock: Clock, scale: Mapping[str, Scale] | None = None):
         self.knobs, self.clock, self.scale = dict(knobs), clock, dict(scale or {})
 
-    def at(self, applied: int) -> dict[str, float]:
-        """Values for the update that follows `applied` updates."""
-        return {n: value_at(k, applied, self.clock) * self.scale.get(n, 1.0) for n, k in self.knobs.items()}
+    def at(self, time: float, batch: int) -> dict[str, float]:
+        """Values for an update on `batch` samples that begins at `time`, in steps of the clock's batch."""
+        return {
+            name: value_at(knob, time, self.clock) * (self.scale[name](batch) if name in self.scale else 1.0)
+            for name, knob in self.knobs.items()
+        }
 
 
 def trace(knobs: Mapping[str, Any], clock: Clock, points: int = 200) -> dict[str, list[tuple[int, float]]]:

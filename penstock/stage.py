@@ -53,6 +53,9 @@ class Recipe(Block):
     seed: int = Field(0, ge=0, description="of weights, order, augmentation and masks")
     duration: Duration = Field(description="how long to train: steps, epochs or samples")
     batch: int = Field(gt=0, description="samples per optimizer step, over all ranks and micro-batches")
+    batch_growth: float = Field(
+        1.0, ge=1, description="most times the batch that a step takes while views are smaller than at the end"
+    )
     data: Data.Config
     augment: one_of("penstock.augment")  # type: ignore[valid-type]
     optim: Optim.Config

@@ -1,10 +1,9 @@
 """The one training loop."""
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -14,7 +13,7 @@ from penstock.engine import Engine
 from penstock.errors import RunFailed
 from penstock.meters import Meters
 from penstock.progress import progress
-from penstock.schedule import Clock, Curves
+from penstock.schedule import Clock, Curves, Tick
 from penstock.signals import Stop
 from penstock.streams.batch import Batch
 from penstock.streams.digest import EpochDigest
@@ -31,9 +30,22 @@ class State:
     """Where a run is. Data moves with `samples`, curves with `applied`."""
 
     step: int = 0  # optimizer steps taken, those that were skipped as not finite included
-    applied: int = 0  # steps that moved the weights
+    applied: int = 0  # samples of the steps that moved the weights
     samples: int = 0  # position in the endless order of samples
     skipped: int = 0  # steps skipped in a row
+    ended: bool = False  # before the clock's end, as nothing got better
+
+
+class Observer(Protocol):
+    """Evaluations, pictures; what `Monitor` does."""
+
+    def observe(self, tick: Tick) -> bool:
+        """Called at the start and after each step, twice after a last one that it calls the last; True ends the run."""
+        ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass
@@ -50,21 +62,26 @@ class Run:
     folder: Path
     seed: int
     stop: Stop
-    observe: Callable[[int], None]  # evaluations, pictures: called at the start and after each step
+    monitor: Observer
     meters: Meters
 
 
-def fit(run: Run) -> bool:
-    """Train until the clock's end, from the newest checkpoint if there is one. False when asked to stop before."""
+def fit(run: Run) -> tuple[bool, int]:
+    """Train until the clock's end, from the newest checkpoint if there is one.
+
+    Returns whether it came to the end, or was asked to stop before, and the optimizer steps taken.
+    """
     engine, clock, meters = run.engine, run.clock, run.meters
     state, books = _restore(run)
     batches = run.stream.batches(state.samples, state.step)
-    if state.step in (0, clock.total):  # what was due at another step was done before its checkpoint
-        run.observe(state.step)
-    with progress("training", clock.total, state.step, show=distributed.is_main()) as bar:
-        while state.step < clock.total:
+    tick = clock.tick(state.step, state.samples, ended=state.ended)
+    if tick.first or tick.last:  # what was due at another step was done before its checkpoint
+        run.monitor.observe(tick)
+    with progress("training", clock.samples, state.samples, show=distributed.is_main()) as bar:
+        while not tick.last:
             torch.manual_seed(keyed.key(run.seed, DROPOUT, state.step, distributed.rank()))
-            knobs = run.curves.at(state.applied)
+            size = run.stream.batch_at(state.samples)
+            knobs = run.curves.at(state.applied / clock.batch, size)
             engine.set(knobs)
             began = time.monotonic()
             parts = [next(batches) for _ in range(engine.accumulation)]
@@ -77,27 +94,30 @@ def fit(run: Run) -> bool:
             done = engine.step()
             if done.applied:
                 engine.task.after_step(engine, knobs)
-            meters.step(done.applied, run.stream.batch, waited, grad_norm=done.grad_norm)
-            _advance(state, run, parts, done.applied)
-            books.close_step(parts, state)
-            if clock.every(run.report_every, state.step) or state.step in (1, clock.total):
+            meters.step(done.applied, size, waited, grad_norm=done.grad_norm)
+            _advance(state, run, parts, size, done.applied)
+            tick = clock.tick(state.step, state.samples, state.samples - size)
+            books.close_step(parts, state, tick)
+            if tick.every(run.report_every) or tick.last or state.step == 1:
                 bar.note(_report(run, state, knobs))
             with meters.paused():
-                run.observe(state.step)
-                last = done.stop or state.step == clock.total
-                if last or clock.every(run.checkpoints.config.every, state.step):
-                    _save(run, state, books)
-            bar.advance()
-            if done.stop and state.step < clock.total:
-                return False
-    return True
+                if not tick.last and run.monitor.observe(tick):
+                    state.ended, tick = True, replace(tick, ended=True)
+                if tick.last:
+                    run.monitor.observe(tick)
+                if done.stop or tick.last or tick.every(run.checkpoints.config.every):
+                    _save(run, state, books, tick)
+            bar.advance(size)
+            if done.stop and not tick.last:
+                return False, state.step
+    return True, state.step
 
 
-def _advance(state: State, run: Run, parts: list[Batch], applied: bool) -> None:
+def _advance(state: State, run: Run, parts: list[Batch], size: int, applied: bool) -> None:
     """The position moves with the optimizer step, never with the prefetcher."""
     state.step += 1
-    state.samples += run.stream.batch
-    state.applied += applied
+    state.samples += size
+    state.applied += size if applied else 0
     state.skipped = 0 if applied else state.skipped + 1
     if not applied:
         keys = [key for rank in distributed.collect([key for part in parts for key in part.keys]) for key in rank]
@@ -123,11 +143,11 @@ class Books:
 
     def __init__(self, run: Run, state: State):
         self._run, config = run, run.stream.config
-        self.digest = EpochDigest(run.stream.manifest, state.samples)
+        self.digest = EpochDigest(run.stream.part, state.samples)
         self.faults = FaultLog(run.folder, config.max_bad)
         self.ledger = Ledger(run.folder / "ledger", state.step) if config.ledger else None
 
-    def close_step(self, parts: list[Batch], state: State) -> None:
+    def close_step(self, parts: list[Batch], state: State, tick: Tick) -> None:
         for part in parts:
             self.digest.add(part)
             self.faults.add(part)
@@ -135,22 +155,22 @@ class Books:
             self.ledger.append(parts)
         for epoch in self.digest.check(state.samples):
             self._run.tracker.event("epoch", state.step, epoch=epoch, digest="as in the manifest")
-        run = self._run
-        if run.clock.every(run.report_every, state.step):
+        if tick.every(self._run.report_every):
             bad = self.faults.check()
             if bad:
-                run.tracker.log(state.step, {"data/unreadable": bad})
+                self._run.tracker.log(state.step, {"data/unreadable": bad})
 
 
-def _save(run: Run, state: State, books: Books) -> None:
-    config, step = run.checkpoints.config, state.step
-    forever = config.keep_every is not None and run.clock.every(config.keep_every, step)
+def _save(run: Run, state: State, books: Books, tick: Tick) -> None:
+    step = state.step
+    forever = tick.every(run.checkpoints.config.keep_every)
     run.tracker.flush()
     about = {
         "run": asdict(state),
         "stream": run.stream.identity,
         "batch": run.stream.batch,
         "digest": books.digest.state(),
+        "monitor": run.monitor.state(),
     }
     trouble = run.checkpoints.save(run.engine, step, about, run.meters.state(), forever)
     if trouble:
@@ -176,7 +196,9 @@ def _restore(run: Run) -> tuple[State, Books]:
     books = Books(run, state)
     books.digest.load(saved["digest"])
     run.meters.load(open_sums)
+    run.monitor.load(saved["monitor"])
     run.tracker.event("resumed", state.step, ranks_then=saved["world"], ranks_now=distributed.world())
     if distributed.is_main():
-        print(f"resuming at step {state.step} of {run.clock.total}", flush=True)
+        done = min(state.samples / run.clock.samples, 1.0)
+        print(f"resuming at step {state.step}, {done:.0%} of the run", flush=True)
     return state, books

@@ -1,5 +1,6 @@
 """Random resized crop and mirroring: all the augmentation MAE needs (He et al. 2021)."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -27,6 +28,7 @@ class CropFlip:
     def __init__(self, config: "CropFlip.Config"):
         self.config = config
 
-    def view(self, image: np.ndarray, index: int, size: int) -> Tensor:
+    def view(self, image: np.ndarray, index: int, knobs: Mapping[str, float]) -> Tensor:
+        size = int(knobs["size"])
         options = self.config
         return _pixels.crop_flip(image, size, options.scale, options.ratio, options.interpolation, options.flip)

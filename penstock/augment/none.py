@@ -1,5 +1,6 @@
 """No augmentation: the image, resized where it has another size. For digits and other sets that must not be moved."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -24,5 +25,6 @@ class NoAugmentation:
     def __init__(self, config: "NoAugmentation.Config"):
         self.config = config
 
-    def view(self, image: np.ndarray, index: int, size: int) -> Tensor:
+    def view(self, image: np.ndarray, index: int, knobs: Mapping[str, float]) -> Tensor:
+        size = int(knobs["size"])
         return _pixels.resize(_pixels.planes(image), size, size, self.config.interpolation)

@@ -1,6 +1,7 @@
 """The usual view for evaluation: short side resized, centre cropped. Draws nothing."""
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -26,7 +27,8 @@ class ResizeCrop:
     def __init__(self, config: "ResizeCrop.Config"):
         self.config = config
 
-    def view(self, image: np.ndarray, index: int, size: int) -> Tensor:
+    def view(self, image: np.ndarray, index: int, knobs: Mapping[str, float]) -> Tensor:
+        size = int(knobs["size"])
         height, width = image.shape[:2]
         short = max(size, math.floor(size / self.config.crop_pct))
         scale = short / min(height, width)

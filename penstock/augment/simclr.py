@@ -1,6 +1,7 @@
 """SimCLR's two views (Chen et al. 2020, appendix A)."""
 
 import random
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -33,7 +34,8 @@ class SimCLR:
     def __init__(self, config: "SimCLR.Config"):
         self.config = config
 
-    def view(self, image: np.ndarray, index: int, size: int) -> Tensor:
+    def view(self, image: np.ndarray, index: int, knobs: Mapping[str, float]) -> Tensor:
+        size = int(knobs["size"])
         options = self.config
         view = _pixels.crop_flip(image, size, options.scale, options.ratio, options.interpolation, options.flip)
         if len(view) == 3:

@@ -8,6 +8,8 @@ from pydantic import Field, field_validator
 from penstock.errors import InputError
 from penstock.recipe import Block
 from penstock.streams.manifest import Manifest
+from penstock.streams.part import Part, parse_labels
+from penstock.streams.reader import ShardReader
 
 
 class Data:
@@ -16,6 +18,8 @@ class Data:
     class Config(Block):
         train: Path = Field(description="folder of the packed training set (`penstock shards pack`)")
         val: Path | None = Field(None, description="folder of the packed validation set")
+        labels: str | None = Field(None, description="train on a fixed share, '10%' or '4 per class'; null is all")
+        repeats: int = Field(1, ge=1, description="times a sample is served in a row, augmented anew each time")
         channels: Literal[1, 3] = Field(3, description="3 decodes to RGB, 1 to greyscale")
         workers: int = Field(2, ge=0, description="decoding processes per rank; 0 decodes in the training process")
         prefetch: int = Field(4, ge=1, description="micro-batches each worker prepares ahead")
@@ -25,6 +29,13 @@ class Data:
         lanes: int = Field(64, ge=1, description="places of the data read side by side; best a multiple of the ranks")
         block: int = Field(256, ge=1, description="most neighbouring samples that stay together in an epoch's order")
         window: int = Field(4096, ge=1, description="samples shuffled among each other within a lane")
+
+        @field_validator("labels")
+        @classmethod
+        def _a_share(cls, rule: str | None) -> str | None:
+            if rule is not None:
+                parse_labels(rule)
+            return rule
 
         @field_validator("train", "val")
         @classmethod
@@ -36,7 +47,8 @@ class Data:
                     raise ValueError(str(error)) from error
             return folder
 
-    def __init__(self, config: "Data.Config"):
+    def __init__(self, config: "Data.Config", seed: int = 0):
         self.config = config
         self.train = Manifest.load(config.train)
+        self.part = Part(ShardReader(self.train), config.labels, seed, config.repeats)
         self.val = Manifest.load(config.val) if config.val is not None else None

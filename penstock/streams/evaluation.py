@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from penstock.augment import Augment
-from penstock.schedule import Clock, value_at
+from penstock.schedule import Clock, knobs_of, value_at
 from penstock.splitmix import key
 from penstock.streams.batch import Batch
 from penstock.streams.images import Images
@@ -26,7 +26,7 @@ class EvalStream:
         images: the set to read (`Images(manifest, channels)`), which several streams may share.
         batch: samples per rank and batch.
         limit: serve a fixed subset of this many samples, the same for a seed whatever else changes.
-        clock: needed when the augmentation's size follows a curve; its value at the run's end is used.
+        clock: needed when the augmentation's knobs follow curves; their values at the run's end are used.
     """
 
     def __init__(
@@ -52,7 +52,9 @@ class EvalStream:
         else:
             self.numbers = np.sort(permutation(total, key(seed, SUBSET_KEY))[:limit])
         self.first = np.cumsum([0, *(shard.samples for shard in images.manifest.shards)])
-        self.size = round(value_at(augment.config.size, clock.total if clock else 0, clock or Clock(1, 1, 1)))
+        end = clock or Clock(1, 1, 1)
+        self.knobs = {name: value_at(knob, end.total, end) for name, knob in knobs_of(augment.config).items()}
+        self.knobs["size"] = round(self.knobs["size"])
 
     @property
     def samples(self) -> int:
@@ -89,6 +91,6 @@ class _EvalPlan:
             positions=np.concatenate([served, padding]),
             shards=np.concatenate([shards, padding]),
             samples=np.concatenate([served - stream.first[shards], padding]),
-            size=stream.size,
+            knobs=stream.knobs,
             step=number,
         )

@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,7 @@ class Micro:
     positions: np.ndarray  # keys the randomness of augmentation
     shards: np.ndarray  # -1 for a slot of padding
     samples: np.ndarray
-    size: int  # side of the square views, in pixels
+    knobs: Mapping[str, float]  # the augmentation's at this step; `size` is the side of the square views in pixels
     step: int
 
 
@@ -42,12 +42,16 @@ class Plan(Protocol):
 def assemble(micro: Micro, images: Images, augment: Augment, seed: int) -> Batch:
     """Read and augment one micro-batch. A sample that cannot be read is zeros, with weight 0 and a fault record."""
     samples: list[Sample] = []
+    size = int(micro.knobs["size"])
+    before = None
     slots: list[list[torch.Tensor | None]] = [[] for _ in range(augment.views)]
     faults = []
     with _generators_kept():
         places = zip(micro.positions.tolist(), micro.shards.tolist(), micro.samples.tolist(), strict=True)
         for position, shard, number in places:
-            sample = images.load(shard, number) if shard >= 0 else Sample(None, -1, "", 0)
+            if (shard, number) != before:  # repeated augmentation decodes once
+                sample = images.load(shard, number) if shard >= 0 else Sample(None, -1, "", 0)
+                before = (shard, number)
             samples.append(sample)
             if sample.reason:
                 name = images.manifest.shards[shard].name
@@ -57,9 +61,9 @@ def assemble(micro: Micro, images: Images, augment: Augment, seed: int) -> Batch
                     slot.append(None)
                     continue
                 seed_sample(seed, position, view)
-                slot.append(augment.view(sample.image, view, micro.size))
+                slot.append(augment.view(sample.image, view, micro.knobs))
     return Batch(
-        views=[_stack(slot, (images.channels, micro.size, micro.size)) for slot in slots],
+        views=[_stack(slot, (images.channels, size, size)) for slot in slots],
         labels=torch.tensor([sample.label for sample in samples]),
         weights=torch.tensor([float(sample.image is not None) for sample in samples]),
         positions=torch.from_numpy(micro.positions),

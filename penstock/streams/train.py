@@ -1,24 +1,27 @@
 """The endless training stream of one rank."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from penstock.augment import Augment
 from penstock.errors import InputError
-from penstock.schedule import Clock, value_at
+from penstock.schedule import Clock, knobs_of, value_at
 from penstock.streams.batch import Batch
 from penstock.streams.data import Data
 from penstock.streams.images import Images
 from penstock.streams.loader import Micro, open_loader
 from penstock.streams.manifest import Manifest
 from penstock.streams.order import Order
+from penstock.streams.part import Part
 
+QUARTERS = 4
 WORDS = {
     "manifest": "the training set is another one (or was packed anew)",
     "samples_per_epoch": "the training set has another number of samples",
+    "labels": "data.labels chooses other samples",
+    "repeats": "data.repeats differs",
     "seed": "the seed differs",
     "order_version": "this Penstock orders samples differently",
     "lanes": "data.lanes differs",
@@ -34,6 +37,8 @@ class TrainStream:
         batch: samples per optimizer step, over all ranks and micro-batches.
         accumulation: micro-batches per optimizer step.
         size_multiple: sizes that come from a curve are rounded to a multiple of it (the patch size).
+        growth: while views are smaller than at the run's end, a step takes up to this many times the batch, so that
+            its number of pixels stays about the same; in quarters of the batch, and the run ends on the same sample.
     """
 
     def __init__(
@@ -49,19 +54,20 @@ class TrainStream:
         clock: Clock,
         device_type: str = "cpu",
         size_multiple: int = 1,
+        growth: float = 1.0,
     ):
-        _check_divisible(batch, accumulation, world)
+        _check_divisible(batch, accumulation, world, growth)
         self.config, self.augment, self.seed, self.device_type = data, augment, seed, device_type
         self.manifest = Manifest.load(data.train)
         self.images = Images(self.manifest, data.channels, data.cache)
-        sizes = [shard.samples for shard in self.manifest.shards]
-        self.order = Order(sizes, seed, data.block, data.lanes, data.window)
+        self.part = Part(self.images.reader, data.labels, seed, data.repeats)
+        self.order = Order(self.part.sizes, seed, data.block, data.lanes, data.window)
         self.batch, self.accumulation, self.rank, self.world = batch, accumulation, rank, world
-        self.clock, self.size_multiple = clock, size_multiple
+        self.clock, self.size_multiple, self.growth = clock, size_multiple, growth
 
     @property
     def samples_per_epoch(self) -> int:
-        return self.manifest.samples
+        return self.part.samples
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -70,7 +76,8 @@ class TrainStream:
     @property
     def identity(self) -> dict[str, Any]:
         """What the position -> sample map depends on; for the checkpoint."""
-        known = {"manifest": self.manifest.identity, "samples_per_epoch": self.manifest.samples}
+        known = {"manifest": self.manifest.identity, "samples_per_epoch": self.part.samples}
+        known |= {"labels": f"{self.part.digest_of_ids:016x}", "repeats": self.part.repeats}
         return known | self.order.identity
 
     def check_identity(self, saved: Mapping[str, Any]) -> None:
@@ -86,10 +93,25 @@ class TrainStream:
                 "Give the data and seed of the checkpoint, or start a new run from its weights"
             )
 
-    def size_at(self, step: int) -> int:
-        """Side of the views of a step, in pixels."""
-        size, multiple = value_at(self.augment.config.size, step, self.clock), self.size_multiple
-        return max(multiple, round(size / multiple) * multiple) if multiple > 1 else round(size)
+    def knobs_at(self, position: int) -> dict[str, float]:
+        """The augmentation's knobs for the step that begins at a sample position."""
+        found = {
+            name: value_at(knob, position / self.batch, self.clock)
+            for name, knob in knobs_of(self.augment.config).items()
+        }
+        multiple = self.size_multiple
+        found["size"] = max(multiple, round(found["size"] / multiple) * multiple)
+        return found
+
+    def batch_at(self, position: int) -> int:
+        """Samples of the step that begins at a sample position."""
+        if self.growth == 1:
+            return self.batch
+        last = self.knobs_at(self.clock.samples)["size"]
+        room = min(max((last / self.knobs_at(position)["size"]) ** 2, 1.0), self.growth)
+        grown = int(room * QUARTERS + 1e-9) * self.batch // QUARTERS
+        left = self.clock.samples - position
+        return min(grown, left) if left > 0 else self.batch
 
     def batches(self, since: int, step: int | None = None) -> Iterator[Batch]:
         """Micro-batches from a sample position on, without end.
@@ -104,31 +126,36 @@ class TrainStream:
         )
 
 
-@dataclass(frozen=True)
 class _TrainPlan:
-    stream: TrainStream
-    since: int
-    step: int
+    """The micro-batches in turn; `micro` is asked for increasing numbers."""
+
+    def __init__(self, stream: TrainStream, since: int, step: int):
+        self.stream, self.first = stream, step
+        self._done, self._begin = 0, since  # steps passed, and the position they led to
 
     def micro(self, number: int) -> Micro:
         stream = self.stream
         steps, part = divmod(number, stream.accumulation)
-        begin = self.since + steps * stream.batch + part * (stream.batch // stream.accumulation)
+        while self._done < steps:
+            self._begin += stream.batch_at(self._begin)
+            self._done += 1
+        batch = stream.batch_at(self._begin)
+        begin = self._begin + part * (batch // stream.accumulation)
         # Each rank serves every world-th position: an equal share of every micro-batch, and when the world size divides
         # the lanes, always the same lanes of an epoch.
-        count = stream.batch // (stream.accumulation * stream.world)
+        count = batch // (stream.accumulation * stream.world)
         positions = begin + stream.rank + stream.world * np.arange(count, dtype=np.int64)
-        shards, samples = stream.order.locate(positions)
-        step = self.step + steps
-        return Micro(positions, shards, samples, stream.size_at(step), step)
+        shards, samples = stream.order.locate(positions // stream.part.repeats)
+        numbers = stream.part.numbers(shards, samples)
+        return Micro(positions, shards, numbers, stream.knobs_at(self._begin), self.first + steps)
 
 
-def _check_divisible(batch: int, accumulation: int, world: int) -> None:
-    unit = accumulation * world
+def _check_divisible(batch: int, accumulation: int, world: int, growth: float) -> None:
+    unit = accumulation * world * (QUARTERS if growth > 1 else 1)
     if batch < 1 or batch % unit:
         below, above = batch // unit * unit, (batch // unit + 1) * unit
         nearest = f"{below} or {above}" if below else str(above)
         raise InputError(
-            f"a batch of {batch} samples cannot be split evenly over {world} ranks x {accumulation} micro-batches; "
-            f"write a multiple of {unit}, such as {nearest}"
+            f"a batch of {batch} samples cannot be split evenly over {world} ranks x {accumulation} micro-batches"
+            f"{', nor grow in quarters' if growth > 1 else ''}; write a multiple of {unit}, such as {nearest}"
         )

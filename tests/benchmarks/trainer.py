@@ -24,7 +24,7 @@ from penstock.checkpoint import Checkpoints
 from penstock.engine import Engine, start_ranks
 from penstock.meters import Meters
 from penstock.optim import Optim
-from penstock.schedule import Clock, Curves, Length
+from penstock.schedule import Clock, Curves, Length, Tick
 from penstock.signals import Stop
 from penstock.streams.batch import Batch
 from penstock.tracking import Tracker
@@ -57,19 +57,22 @@ def main() -> None:
         wall[name].append((now[0] - mark[0]) / args.block)
         cpu[name].append((now[1] - mark[1]) / args.block)
 
-    def take_turns(step: int) -> None:
+    def take_turns(tick: Tick) -> bool:
         """Called by the trainer after each step: at the end of its block, the bare loop runs one."""
-        if step % args.block == 0:
-            if step:
+        if tick.step % args.block == 0:
+            if tick.step:
                 note("trainer")
             mark[:] = [time.perf_counter(), time.process_time()]
             for _ in range(args.block):
                 bare()
             note("bare loop")
             mark[:] = [time.perf_counter(), time.process_time()]
+        return False
+
+    monitor = SimpleNamespace(observe=take_turns, state=dict)
 
     with tempfile.TemporaryDirectory(prefix="penstock-trainer-") as folder:
-        run = _run(batch, Path(folder) / "run", blocks * args.block, args.checkpoint_every, take_turns)
+        run = _run(batch, Path(folder) / "run", blocks * args.block, args.checkpoint_every, monitor)
         fit(run)
         run.tracker.close("FINISHED")
     rows = []
@@ -115,7 +118,7 @@ def _bare_loop(batch: Batch) -> Any:
     return step
 
 
-def _run(batch: Batch, folder: Path, steps: int, checkpoint_every: int, observe: Any) -> Run:
+def _run(batch: Batch, folder: Path, steps: int, checkpoint_every: int, monitor: Any) -> Run:
     task = _task()
     engine = Engine(task, Optim(Optim.Config(lr=1e-4)).build(task, len(batch)), Engine.Config(), len(batch))
     folder.mkdir(parents=True)
@@ -134,7 +137,7 @@ def _run(batch: Batch, folder: Path, steps: int, checkpoint_every: int, observe:
         folder=folder,
         seed=0,
         stop=Stop(folder),
-        observe=observe,
+        monitor=monitor,
         meters=Meters(),
     )
 
@@ -147,7 +150,10 @@ class _Tensors:
         self.samples_per_epoch = steps * len(batch)
         self.identity: dict[str, Any] = {}
         self.config = SimpleNamespace(ledger=False, max_bad=0.001)
-        self.manifest: Any = SimpleNamespace(samples=self.samples_per_epoch * 2)
+        self.part: Any = SimpleNamespace(round=self.samples_per_epoch * 2)
+
+    def batch_at(self, position: int) -> int:
+        return self.batch
 
     def batches(self, since: int, step: int) -> Iterator[Batch]:
         while True:

@@ -9,7 +9,6 @@ from penstock.errors import InputError
 from penstock.streams.digest import EpochDigest
 from penstock.streams.faults import FaultLog
 from penstock.streams.ledger import Ledger, read_ledger
-from penstock.streams.manifest import Manifest
 from tests.shards import damage, key_of, write_set
 from tests.unit.test_train_stream import stream
 
@@ -20,7 +19,7 @@ def consume(rank: int, world: int, folder: Path, run: Path, since: int, until: i
     """Steps `since` to `until` as the loop does them; returns the epochs checked, the digest's state after each step
     as a checkpoint would hold it, and an error."""
     part = stream(folder, batch=BATCH, accumulation=2, rank=rank, world=world)
-    digest, ledger, faults = EpochDigest(Manifest.load(folder)), Ledger(run, since), FaultLog(run, max_bad)
+    digest, ledger, faults = EpochDigest(part.part), Ledger(run, since), FaultLog(run, max_bad)
     if state:
         digest.load(state)
     checked, states, batches = [], {}, part.batches(since * BATCH)

@@ -32,7 +32,7 @@ def test_the_crop_is_torchvisions_resized_crop(interpolation, size):
     mode = InterpolationMode(interpolation)
     for position in range(10):
         seed_sample(0, position, 0)
-        ours = augment.view(IMAGE, 0, size)
+        ours = augment.view(IMAGE, 0, {"size": size})
         seed_sample(0, position, 0)
         box = _pixels.random_box(48, 64, (0.2, 1.0), (3 / 4, 4 / 3))
         assert far(ours, TF.resized_crop(PLANES, *box, [size, size], interpolation=mode, antialias=True)) <= 1
@@ -65,7 +65,8 @@ def test_half_of_the_views_are_mirrored():
     mirrored = 0
     for position in range(1000):
         seed_sample(0, position, 0)
-        mirrored += torch.equal(augment.view(square, 0, 48), torch.from_numpy(square).permute(2, 0, 1).flip(-1))
+        view = augment.view(square, 0, {"size": 48})
+        mirrored += torch.equal(view, torch.from_numpy(square).permute(2, 0, 1).flip(-1))
     assert 440 < mirrored < 560
 
 
@@ -86,9 +87,9 @@ def test_simclr_jitter_is_torchvisions_in_the_drawn_order():
     for position in range(20):
         seed_sample(0, position, 0)
         with patch.object(_pixels, "shift_hue", TF.adjust_hue):
-            theirs = augment.view(IMAGE, 0, 32)
+            theirs = augment.view(IMAGE, 0, {"size": 32})
         seed_sample(0, position, 0)
-        assert far(augment.view(IMAGE, 0, 32), theirs) <= 4  # a grey level of hue, amplified by what follows
+        assert far(augment.view(IMAGE, 0, {"size": 32}), theirs) <= 4  # a grey level of hue, amplified by what follows
 
 
 def test_simclr_operations_happen_as_often_as_asked():
@@ -111,7 +112,7 @@ def test_simclr_operations_happen_as_often_as_asked():
         for position in range(1000):
             for index in range(2):
                 seed_sample(0, position, index)
-                augment.view(IMAGE, index, 8)
+                augment.view(IMAGE, index, {"size": 8})
     rates = {name: count / 2000 for name, count in counts.items()}
     expected = {"_jitter": 0.8, "rgb_to_grayscale_image": 0.2, "gaussian_blur": 0.5, "solarize_image": 0.1}
     assert all(abs(rates[name] - rate) < 0.04 for name, rate in expected.items()), rates
@@ -121,15 +122,15 @@ def test_simclr_operations_happen_as_often_as_asked():
 def test_resize_crop_is_torchvisions(height, width):
     image = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
     planes = torch.from_numpy(image).permute(2, 0, 1).contiguous()
-    view = ResizeCrop(ResizeCrop.Config(size=28)).view(image, 0, 28)
+    view = ResizeCrop(ResizeCrop.Config(size=28)).view(image, 0, {"size": 28})
     resized = TF.resize(planes, [32], interpolation=InterpolationMode.BICUBIC, antialias=True)
     assert far(view, TF.center_crop(resized, [28, 28])) <= 1
-    whole = ResizeCrop(ResizeCrop.Config(size=28, crop_pct=1.0)).view(image, 0, 28)
+    whole = ResizeCrop(ResizeCrop.Config(size=28, crop_pct=1.0)).view(image, 0, {"size": 28})
     assert whole.shape == (3, 28, 28)
 
 
 def test_none_leaves_an_image_of_the_right_size_alone():
     square = np.ascontiguousarray(IMAGE[:, :48])
     augment = NoAugmentation(NoAugmentation.Config(size=48))
-    assert torch.equal(augment.view(square, 0, 48), torch.from_numpy(square).permute(2, 0, 1))
-    assert augment.view(IMAGE, 0, 20).shape == (3, 20, 20)
+    assert torch.equal(augment.view(square, 0, {"size": 48}), torch.from_numpy(square).permute(2, 0, 1))
+    assert augment.view(IMAGE, 0, {"size": 20}).shape == (3, 20, 20)

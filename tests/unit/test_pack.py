@@ -9,6 +9,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
@@ -239,7 +240,9 @@ def test_control_c_leaves_no_draft_and_goes_on(tmp_path):
     tree = class_tree(tmp_path / "tree", classes=2, each=60)
     line = [sys.executable, "-m", "penstock.cli", "shards", "pack", str(tree), str(tmp_path / "set")]
     line += ["--samples-per-shard", "1", "--workers", "1"]
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    # A test run in the background of a shell ignores SIGINT, and its children inherit that.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     while process.poll() is None and not list(tmp_path.glob("set/*.tar")):
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)

@@ -103,22 +103,23 @@ def test_a_run_cannot_be_a_share_of_itself():
 def test_intervals_have_neither_gaps_nor_doubles(text):
     clock, length = Clock(total=1000, batch=8, epoch=100), Length.parse(text)
     every = clock.steps(length)
-    due = [step for step in range(1, 1001) if clock.every(length, step)]
+    due = [step for step in range(1, 1001) if clock.tick(step, step * 8, (step - 1) * 8).every(length)]
     want = [math.ceil(i * every - 1e-6) for i in range(1, 1001) if i * every <= 1000 + 1e-6]
     assert due == want
 
 
 def test_an_interval_shorter_than_a_step_is_due_at_each_and_none_never():
-    assert all(CLOCK.every(Length.parse("1 samples"), step) for step in range(1, 20))
-    assert not any(CLOCK.every(Length.parse(0), step) for step in range(1, 20))
+    ticks = [CLOCK.tick(step, step * CLOCK.batch, (step - 1) * CLOCK.batch) for step in range(1, 20)]
+    assert all(tick.every(Length.parse("1 samples")) for tick in ticks)
+    assert not any(tick.every(Length.parse(0)) or tick.every(None) for tick in ticks)
 
 
 def test_curves_of_a_run_know_scales_plain_numbers_and_nothing_else():
-    curves = Curves({"lr": Cosine(), "weight_decay": 0.1}, CLOCK, scale={"lr": 4.0})
+    curves = Curves({"lr": Cosine(), "weight_decay": 0.1}, CLOCK, scale={"lr": lambda batch: batch / 2})
     for applied in (0, 55, 110):
         lr = 2 + 2 * math.cos(math.pi * applied / 110)
-        assert curves.at(applied) == pytest.approx({"lr": lr, "weight_decay": 0.1})
-    assert curves.at(55) == curves.at(55)
+        assert curves.at(applied, 8) == pytest.approx({"lr": lr, "weight_decay": 0.1})
+    assert curves.at(55, 16)["lr"] == 2 * curves.at(55, 8)["lr"]
 
 
 def test_knobs_are_the_fields_that_may_follow_a_curve():

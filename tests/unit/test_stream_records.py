@@ -11,6 +11,9 @@ from penstock.streams.batch import Batch
 from penstock.streams.digest import EpochDigest
 from penstock.streams.faults import FaultLog
 from penstock.streams.ledger import Ledger, read_ledger
+from penstock.streams.manifest import Manifest
+from penstock.streams.part import Part
+from penstock.streams.reader import ShardReader
 from tests.shards import damage, write_set
 from tests.unit.test_train_stream import stream
 
@@ -27,6 +30,10 @@ def batch(step: int, *positions: int, faults: int = 0) -> Batch:
     )
 
 
+def part(manifest: Manifest) -> Part:
+    return Part(ShardReader(manifest))
+
+
 def consume(manifest, digest: EpochDigest, since: int, steps: int, size: int = 10) -> list[int]:
     checked = []
     for number, each in enumerate(islice(stream(manifest.root, batch=size).batches(since), steps)):
@@ -38,10 +45,10 @@ def consume(manifest, digest: EpochDigest, since: int, steps: int, size: int = 1
 def test_the_digest_holds_over_epochs_resumes_and_damaged_samples(tmp_path):
     manifest = write_set(tmp_path, [13, 20])  # 33: batches of 10 straddle epochs
     damage(manifest, 5)
-    digest = EpochDigest(manifest)
+    digest = EpochDigest(part(manifest))
     assert consume(manifest, digest, 0, 4) == [0]
     saved = json.loads(json.dumps(digest.state()))
-    resumed = EpochDigest(manifest)
+    resumed = EpochDigest(part(manifest))
     resumed.load(saved)
     assert consume(manifest, resumed, 40, 6) == [1, 2]
 
@@ -50,7 +57,7 @@ def test_the_digest_holds_over_epochs_resumes_and_damaged_samples(tmp_path):
 def test_the_digest_notices(tmp_path, wrong):
     manifest = write_set(tmp_path, [30])
     batches = list(islice(stream(manifest.root, batch=10).batches(0), 3))
-    digest = EpochDigest(manifest)
+    digest = EpochDigest(part(manifest))
     for number, each in enumerate(batches):
         if wrong == "lost" and number == 1:
             each.ids[3] = 0
@@ -65,7 +72,7 @@ def test_the_digest_notices(tmp_path, wrong):
 
 def test_a_digest_without_history_does_not_judge_the_epoch_it_entered(tmp_path):
     manifest = write_set(tmp_path, [33])
-    assert consume(manifest, EpochDigest(manifest, since=20), 20, 8) == [1, 2]
+    assert consume(manifest, EpochDigest(part(manifest), since=20), 20, 8) == [1, 2]
 
 
 def test_the_ledger_keeps_the_last_attempt_of_each_step(tmp_path):
