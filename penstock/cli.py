@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from penstock import __version__
+from penstock.augment import _commands as augment
 from penstock.errors import INPUT_WRONG, STOPPED, InputError
 from penstock.evaluate import _commands as evaluate
 from penstock.streams import commands as shards
@@ -32,6 +33,7 @@ def _run(argv: Sequence[str] | None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     shards.add_commands(commands)
+    augment.add_commands(commands)
     evaluate.add_commands(commands)
     tracking.add_commands(commands)
     args = parser.parse_args(argv)

@@ -1,7 +1,7 @@
 """Policies that draw their own operations, on PIL images: timm's and torchvision's, built once for each setting.
 
-RandAugment (Cubuk et al. 2020), AugMix (Hendrycks et al. 2020) and 3-Augment (DeiT III, Touvron et al. 2022) are timm's,
-TrivialAugment (Müller, Hutter 2021) is torchvision's. Either library is loaded when a policy of its is first built.
+timm's are RandAugment (Cubuk et al. 2020), AugMix (Hendrycks et al. 2020) and 3-Augment (Touvron et al. 2022, DeiT
+III); torchvision's is TrivialAugment (Müller and Hutter 2021). Either is loaded when a policy of its is first built.
 """
 
 from collections.abc import Callable

@@ -1,0 +1,160 @@
+"""What a run's network sees of some samples: keyed by seed, position and view as in training."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+
+from penstock.augment import AUGMENTATIONS
+from penstock.errors import InputError
+from penstock.mixing import Mixing
+from penstock.recipe import Block, one_of
+from penstock.schedule import Clock, Duration, value_at
+from penstock.streams.batch import Batch
+from penstock.streams.data import Data
+from penstock.streams.loader import Micro, assemble
+from penstock.streams.train import TrainStream
+
+if TYPE_CHECKING:
+    from penstock.streams.images import Sample
+
+CHUNK = 1 << 20  # positions looked through at once
+LEAST = 0.005  # share of a class in a target that is told
+
+
+class Shown(Block):
+    """The part of any stage's recipe that decides what the network sees."""
+
+    seed: int = Field(0, ge=0)
+    duration: Duration
+    batch: int = Field(gt=0)
+    data: Data.Config
+    augment: one_of("penstock.augment")  # type: ignore[valid-type]
+    mix: Mixing.Config | None = None
+
+
+@dataclass(frozen=True)
+class View:
+    """A view as the network gets it, or the reason why it cannot be had."""
+
+    pixels: np.ndarray | None  # uint8 [H, W, C]
+    position: int
+    number: int  # of the view, where a sample has several
+    reason: str = ""
+
+
+class Viewer:
+    """The views of a recipe, one process having the whole batch."""
+
+    def __init__(self, recipe: Shown):
+        self.recipe = recipe
+        augment = AUGMENTATIONS.get(recipe.augment.name)(recipe.augment)
+        data = recipe.data.model_copy(update={"cache": "none"})
+        samples = Data(data, recipe.seed).part.samples
+        self.clock = Clock.of(recipe.duration, recipe.batch, samples)
+        self.stream = TrainStream(
+            data,
+            augment,
+            batch=recipe.batch,
+            accumulation=1,
+            rank=0,
+            world=1,
+            seed=recipe.seed,
+            clock=self.clock,
+        )
+        self.round = self.stream.part.round  # positions in an epoch, or in as many as a sample is repeated
+
+    def first_positions(self, epoch: int, count: int) -> list[int]:
+        """Positions of the first `count` samples that are served in an epoch."""
+        if epoch * self.round >= max(self.clock.samples, 1):
+            last = (self.clock.samples - 1) // self.round
+            raise InputError(f"--epoch {epoch} is after the end of the run, whose last epoch is number {last}")
+        return [epoch * self.round + sample * self.stream.part.repeats for sample in range(min(count, self._samples))]
+
+    def servings(self, positions: list[int], count: int) -> dict[int, list[int]]:
+        """For each position, the next `count` ones, itself included, at which its sample is served."""
+        repeats, rows = self.stream.part.repeats, np.array(positions) // self.stream.part.repeats
+        wanted = _codes(*self.stream.order.locate(rows))
+        order = np.argsort(wanted)
+        found: dict[int, list[int]] = {position: [] for position in positions}
+        place = int(rows.min()) // self._samples * self._samples
+        while any(len(served) < count for served in found.values()):
+            places = np.arange(place, place + min(CHUNK, self._samples), dtype=np.int64)
+            codes = _codes(*self.stream.order.locate(places))
+            for hit in np.flatnonzero(np.isin(codes, wanted)).tolist():
+                row = positions[order[np.searchsorted(wanted[order], codes[hit])]]
+                found[row] += range(int(places[hit]) * repeats, (int(places[hit]) + 1) * repeats)
+            place += len(places)
+        return {position: served[:count] for position, served in found.items()}
+
+    def sample(self, position: int) -> "Sample":
+        shard, number = self._locate(np.array([position]))
+        return self.stream.images.load(int(shard[0]), int(number[0]))
+
+    def views(self, position: int) -> Iterator[View]:
+        """Every view of the sample at a position."""
+        batch = self._batch(np.array([position]))
+        for number, view in enumerate(batch.views):
+            if batch.weights[0]:
+                yield View(view[0].permute(1, 2, 0).numpy(), position, number)
+            else:
+                yield View(None, position, number, batch.faults[0]["reason"])
+
+    def knobs(self, position: int) -> dict[str, float]:
+        return self.stream.knobs_at(self._step(position) * self.recipe.batch)
+
+    def mixed(self, epoch: int, count: int) -> list[tuple[View, list[str]]]:
+        """The first `count` mixed images of an epoch's first whole batch, each with its soft target's parts in words.
+
+        Sample i of B is mixed with i + B // 2, so half of what is asked for is taken from each half of the batch.
+        """
+        mix, size, half = self.recipe.mix, self.recipe.batch, (count + 1) // 2
+        if mix is None:
+            return []
+        if not self.stream.classes:
+            raise InputError(f"mix: {self.recipe.data.train} has no classes to mix; set mix=null")
+        step = self._step(epoch * self.round + size - 1)
+        half = min(half, size // 2)
+        firsts = step * size + np.arange(half, dtype=np.int64)
+        batch = self._batch(np.concatenate([firsts, firsts + size // 2]))
+        targets = F.one_hot(batch.labels.clamp(min=0), len(self.stream.classes)).float()
+        values = {name: value_at(knob, step, self.clock) for name, knob in mix.knobs().items()}
+        images, targets = Mixing(mix, self.recipe.seed)(
+            batch.views[0].float(), targets, batch.positions, batch.weights, values, batch_key=step
+        )
+        pixels = images.round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        return [
+            (View(image, position, 0), self._in_words(target))
+            for image, position, target in zip(pixels, batch.positions.tolist(), targets, strict=True)
+        ]
+
+    @property
+    def _samples(self) -> int:
+        return self.stream.part.samples
+
+    def _step(self, position: int) -> int:
+        return position // self.recipe.batch
+
+    def _locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        part = self.stream.part
+        shards, samples = self.stream.order.locate(positions // part.repeats)
+        return shards, part.numbers(shards, samples)
+
+    def _batch(self, positions: np.ndarray) -> Batch:
+        step = self._step(int(positions[0]))
+        micro = Micro(positions, *self._locate(positions), self.knobs(int(positions[0])), step)
+        return assemble(micro, self.stream.images, self.stream.augment, self.recipe.seed)
+
+    def _in_words(self, target: torch.Tensor) -> list[str]:
+        shares, classes = target.sort(descending=True)
+        names: Any = self.stream.classes
+        told = zip(shares.tolist(), classes.tolist(), strict=True)
+        return [f"{share:.2f} {names[label]}" for share, label in told if share > LEAST]
+
+
+def _codes(shards: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    return (shards << 40) | samples
