@@ -1,7 +1,7 @@
 """Linear classification of frozen features, with every label and with a few per class."""
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -20,7 +20,42 @@ LEAST_STEPS = 1000  # small sets take more epochs, so that every rate has the ti
 FEW_LABEL_STEPS = 300
 LEAST_VARIANCE = 1e-4  # of the largest; a floor under what whitening divides by
 
-Coordinates = Callable[[Tensor], Tensor]  # a linear change of the features' coordinates, [n, D] to [n, D]
+
+@dataclass(frozen=True)
+class Coordinates:
+    """A change of the features' coordinates: ((x - mean) * scale) @ axes, [n, D] to [n, D]."""
+
+    mean: Tensor  # [D]
+    scale: Tensor  # [D]
+    axes: Tensor | None = None  # [D, D]
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        rows = (rows - self.mean) * self.scale
+        return rows if self.axes is None else rows @ self.axes
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A linear probe that was fitted: the learning rate and the coordinates that did best, and the classifier."""
+
+    coordinates: Coordinates
+    weight: Tensor  # [D, C], in those coordinates
+    bias: Tensor  # [C]
+    rate: float
+    whitened: bool
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Logits [n, C] of features [n, D] on the CPU."""
+        return self.coordinates(features).to(self.weight.device) @ self.weight + self.bias
+
+    def linear(self) -> tuple[Tensor, Tensor]:
+        """The same classifier of the features themselves: weight [C, D] and bias [C], fp32 on the CPU."""
+        weight = self.weight.cpu().double()
+        if self.coordinates.axes is not None:
+            weight = self.coordinates.axes.double() @ weight
+        weight = self.coordinates.scale.double()[:, None] * weight
+        bias = self.bias.cpu().double() - self.coordinates.mean.double() @ weight
+        return weight.T.float().contiguous(), bias.float()
 
 
 class LinearProbe:
@@ -61,9 +96,10 @@ class LinearProbe:
             _check_enough(train, shots)
         return distributed.broadcast(self._measure(train, val, classes) if distributed.is_main() else None)
 
-    def _measure(self, train: FeatureSet, val: FeatureSet, classes: int) -> dict[str, float]:
+    def fit(self, train: FeatureSet, classes: int) -> Fitted:
+        """The setting that does best on a tenth of the training set, trained on the whole of it."""
         device = distributed.device()
-        labels, truth = train.labels.to(device), val.labels.to(device)
+        labels = train.labels.to(device)
         order = keyed_order(train, self.config.seed).to(device)
         held, rest = order[: max(1, len(order) // 10)], order[max(1, len(order) // 10) :]
 
@@ -76,9 +112,19 @@ class LinearProbe:
                 candidates.append((-_top(guess, labels[held], 1), loss, whitened, rate, coordinates))
         *_, whitened, rate, coordinates = min(candidates, key=lambda candidate: candidate[:4])
 
-        x, x_val = (coordinates(part.features).to(device) for part in (train, val))
-        logits = self._fit(x, labels, classes, (rate,))(x_val)[0]
-        found = {"linear_top1": _top(logits, truth, 1), "linear_lr": rate, "linear_whitened": float(whitened)}
+        weight = self._fit(coordinates(train.features).to(device), labels, classes, (rate,)).weight[0]
+        return Fitted(coordinates, weight[:-1], weight[-1], rate, bool(whitened))
+
+    def _measure(self, train: FeatureSet, val: FeatureSet, classes: int) -> dict[str, float]:
+        device = distributed.device()
+        labels, truth = train.labels.to(device), val.labels.to(device)
+        probe = self.fit(train, classes)
+        logits = probe(val.features)
+        found = {
+            "linear_top1": _top(logits, truth, 1),
+            "linear_lr": probe.rate,
+            "linear_whitened": float(probe.whitened),
+        }
         if classes >= 10:
             found["linear_top5"] = _top(logits, truth, 5)
         coordinates = _standardiser(train.features)
@@ -166,18 +212,17 @@ def _standardiser(features: Tensor) -> Coordinates:
     """To mean 0 and variance 1; dimensions that do not vary become 0."""
     std, mean = torch.std_mean(features.double(), dim=0, correction=0)
     scale = torch.where(std > 1e-6 * std.max(), 1 / std, 0).to(features.dtype)
-    mean = mean.to(features.dtype)
-    return lambda rows: (rows - mean) * scale
+    return Coordinates(mean.to(features.dtype), scale)
 
 
 def _whitener(features: Tensor) -> Coordinates:
     """Standardised, then to the principal axes with variance 1; axes of hardly any variance are amplified less."""
-    standardise = _standardiser(features)
-    x = standardise(features).double()
+    standardised = _standardiser(features)
+    x = standardised(features).double()
     variances, axes = torch.linalg.eigh(x.T @ x / len(x))
     floor = (LEAST_VARIANCE * variances.max()).clamp(min=torch.finfo(x.dtype).tiny)
     axes = (axes / (variances.clamp(min=0) + floor).sqrt()).to(features.dtype)
-    return lambda rows: standardise(rows) @ axes
+    return Coordinates(standardised.mean, standardised.scale, axes)
 
 
 def _top(logits: Tensor, truth: Tensor, k: int) -> float:

@@ -1,0 +1,170 @@
+"""What a head starts from: random weights, a linear probe, or another classifier's rows by class name."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from penstock import distributed
+from penstock.backbones import Backbone
+from penstock.class_names import imagenet_names, match_classes
+from penstock.errors import InputError
+from penstock.head import Head, set_linear
+from penstock.streams.batch import Batch
+
+SHOWN = 8  # class names in a message
+
+
+def initialise(
+    head: Head,
+    backbone: Backbone,
+    classes: Sequence[str],
+    train: Callable[[], Iterable[Batch]],
+    seed: int = 0,
+) -> str:
+    """Fill the head as `head.init` says; what was done, for people. Collective, and the same on all ranks.
+
+    Args:
+        classes: names in the order of the labels.
+        train: opens the labelled training images as they are evaluated, each once, without augmentation; never the
+            validation set, which would be measured on what the head has seen. Used by `probe` alone.
+
+    Raises:
+        InputError: the source has no classifier, or none of the classes, or the head has no place for it.
+    """
+    init = head.config.init
+    if init == "random":
+        return ""
+    if init == "probe":
+        _only_linear(head, "probe")
+        weight, bias, said = _probe(backbone, len(classes), train(), seed)
+        set_linear(head, weight, bias)
+        return said
+    if init == "weights":
+        weights = backbone.config.weights
+        if weights is None:
+            raise InputError("head.init: weights is the classifier in backbone.weights, but that is null; set one")
+        source, names = _timm_classifier(backbone) if weights == "timm" else read_classifier(Path(weights), backbone)
+    else:
+        source, names = read_classifier(Path(init), backbone)
+    return _by_name(head, classes, source, names, init)
+
+
+def read_classifier(path: Path, backbone: Backbone) -> tuple[Head | tuple[Tensor, Tensor], Sequence[str]]:
+    """A classifier of features like the backbone's and its classes' names, from an export or a published checkpoint.
+
+    The classifier is a head, or the weight [K, D] and bias [K] of one.
+    """
+    from penstock.backbones.weights import CONFIG_FILE, read_config, read_weights
+    from penstock.export import classifier_names, load_classifier
+
+    path = path.expanduser()
+    described = read_config(path / CONFIG_FILE) if (path / CONFIG_FILE).is_file() else {}
+    if "classes" in described.get("penstock", {}):
+        found = load_classifier(path)
+        return found.head, found.classes
+    tensors, *_ = read_weights(path)
+    keys = classifier_names(backbone.config)
+    # A prefix, such as that of a wrapper in several processes, may stand before the name.
+    weight, bias = (
+        next((value for name, value in tensors.items() if name == key or name.endswith(f".{key}")), None)
+        for key in keys or ("", "")
+    )
+    if weight is None or bias is None or weight.ndim != 2:
+        raise InputError(f"head.init: {path} holds no classifier ({keys[0] if keys else 'a linear layer'})")
+    names = described.get("label_names") or imagenet_names(len(weight))
+    if not isinstance(names, list) or len(names) != len(weight):
+        raise InputError(
+            f"head.init: {path} does not name its {len(weight)} classes, and they are not ImageNet's; "
+            "give an export with label_names"
+        )
+    return (weight, bias), names
+
+
+def _timm_classifier(backbone: Backbone) -> tuple[tuple[Tensor, Tensor], Sequence[str]]:
+    """The classifier that comes with timm's own weights of the backbone."""
+    import timm
+
+    with torch.random.fork_rng(devices=[]):
+        model: Any = timm.create_model(backbone.config.name, pretrained=True)
+    linear = model.get_classifier()
+    names = model.pretrained_cfg.get("label_names") or imagenet_names(model.num_classes)
+    if type(linear) is not torch.nn.Linear or linear.bias is None or not names:
+        raise InputError(
+            f"head.init: timm's weights of {backbone.config.name} bring no linear classifier of named classes"
+        )
+    return (linear.weight.detach(), linear.bias.detach()), names
+
+
+def _by_name(
+    head: Head, classes: Sequence[str], source: Head | tuple[Tensor, Tensor], names: Sequence[str], init: str
+) -> str:
+    if isinstance(source, Head):
+        shape = ("kind", "norm", "heads") if source.config.kind == "attentive" else ("kind", "norm")
+        differ = [key for key in shape if getattr(source.config, key) != getattr(head.config, key)]
+        if differ:
+            key = differ[0]
+            raise InputError(
+                f"head.{key}: {getattr(head.config, key)} here, but {getattr(source.config, key)} in the classifier "
+                f"that head.init names ({init}); set them alike"
+            )
+        rest = {name: value for name, value in source.state_dict().items() if not name.startswith("linear.")}
+        head.load_state_dict(rest, strict=False)
+        source = source.linear.weight.detach(), source.linear.bias.detach()
+    else:
+        _only_linear(head, "another classifier")
+    weight, bias = source
+    if weight.shape[1] != head.linear.in_features:
+        raise InputError(
+            f"head.init: the classifier is one of {weight.shape[1]} features, this backbone gives "
+            f"{head.linear.in_features}; take the classifier of the same network"
+        )
+    found = match_classes(classes, names)
+    if not found:
+        raise InputError(
+            f"head.init: none of the {len(classes)} classes ({_some(classes)}) is among those of {init} "
+            f"({_some(names)}); names must agree but for case, spaces, - and _, or be synsets; else head.init=random"
+        )
+    rows, old = torch.tensor(list(found)), torch.tensor(list(found.values()))
+    new_weight, new_bias = head.linear.weight.detach().clone(), head.linear.bias.detach().clone()
+    new_weight[rows], new_bias[rows] = weight[old].to(new_weight), bias[old].to(new_bias)
+    set_linear(head, new_weight, new_bias)
+    fresh = [name for label, name in enumerate(classes) if label not in found]
+    start = f"the head starts with {len(found)} of {len(classes)} classes of {init}"
+    return f"{start}; new, with random weights: {_some(fresh)}" if fresh else start
+
+
+def _probe(backbone: Backbone, classes: int, train: Iterable[Batch], seed: int) -> tuple[Tensor, Tensor, str]:
+    """LP-FT (Kumar et al. 2022): the weights of a linear probe of the backbone as it is, in eval mode."""
+    from penstock.evaluate._features import check_labels, extract
+    from penstock.evaluate.linear import LinearProbe
+
+    device = distributed.device()
+    features = extract(backbone.to(device), train, device)
+    check_labels(features, features)
+    if int(features.labels.max()) >= classes:
+        raise InputError(f"label {int(features.labels.max())} is out of range: there are {classes} classes")
+    fitted = None
+    if distributed.is_main():
+        probe = LinearProbe(LinearProbe.Config(seed=seed)).fit(features, classes)
+        fitted = (*probe.linear(), probe.rate)
+    weight, bias, rate = distributed.broadcast(fitted)
+    right = (features.features @ weight.T + bias).argmax(1) == features.labels
+    share = 100 * right.double().mean().item()
+    said = f"the head starts as a linear probe of {len(features)} training images (rate {rate:g}), {share:.1f} % right"
+    return weight, bias, said
+
+
+def _only_linear(head: Head, what: str) -> None:
+    for key, plain in (("kind", "linear"), ("norm", "none")):
+        if getattr(head.config, key) != plain:
+            raise InputError(
+                f"head.{key}: {getattr(head.config, key)} cannot start from {what}, a linear map of the features; "
+                f"set head.{key}={plain}, or head.init=random"
+            )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
