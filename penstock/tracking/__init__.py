@@ -31,7 +31,7 @@ from pydantic import Field, field_validator
 
 from penstock.recipe import Block
 from penstock.schedule import Duration, Length
-from penstock.tracking.journal import NAME, Journal, flatten, read_from, strict
+from penstock.tracking.journal import NAME, PARENT, Journal, flatten, read_from, strict
 from penstock.tracking.process import start_mirror, stop_mirror
 from penstock.tracking.store import State, check_uri, recorded_uri
 
@@ -47,6 +47,9 @@ class Tracker:
         uri: str | None = Field(None, description="MLflow store; else MLFLOW_TRACKING_URI, else ../mlflow.db")
         enabled: bool = Field(True, description="mirror the journal to MLflow while the run goes on")
         every: Duration = Field(Length(10, "steps"), description="how often metrics are written")
+        parent: str | None = Field(
+            None, pattern="^[0-9a-f]{32}$", description="id, in its journal, of the run that this one is shown under"
+        )
 
         @field_validator("uri")
         @classmethod
@@ -80,15 +83,17 @@ class Tracker:
         before = self.journal.attempts
         flat = flatten(params)
         first = before[0]["params"] if before else flat
+        self.id: str = before[0]["id"] if before else uuid.uuid4().hex
+        above = {PARENT: config.parent} if config.parent else {}
         self.journal.write(
             attempt={
-                "id": before[0]["id"] if before else uuid.uuid4().hex,
+                "id": self.id,
                 "number": len(before) + 1,
                 "name": name,
                 "experiment": config.experiment,
                 "uri": uri,
                 "params": flat,
-                "tags": {**origin(), **tags, "attempt": str(len(before) + 1), "folder": str(folder.resolve())},
+                "tags": {**origin(), **tags, **above, "attempt": str(len(before) + 1), "folder": str(folder.resolve())},
                 "changed": {k: [first.get(k), flat.get(k)] for k in {*first, *flat} if first.get(k) != flat.get(k)},
             }
         )

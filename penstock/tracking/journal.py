@@ -24,6 +24,7 @@ from typing import Any
 from penstock.errors import InputError
 
 NAME = "journal.jsonl"
+PARENT = "parent"  # the tag that holds the id of the run that a run is shown under
 NONFINITE = "health/nonfinite"  # how many values of the run were not finite so far
 OTHERS_WAIT = 10.0  # seconds for a process that was killed to be gone
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.errors import InputError
-from penstock.tracking.journal import NAME, Lock, is_live, read_from
+from penstock.tracking.journal import NAME, PARENT, Lock, is_live, read_from
 from penstock.tracking.store import State, actual_uri, sqlite_path, without_password
 
 BATCH, SMALLEST_BATCH = 1000, 50  # metrics a request; 1000 is MLflow's limit
@@ -133,6 +133,20 @@ class Mirror:
                 self._client.log_batch(self.state.run_id, params=params[start : start + PER_REQUEST])
         changed = "; ".join(f"{key}: {old} -> {new}" for key, (old, new) in sorted(attempt["changed"].items()))
         self._send_tags({**attempt["tags"], **({"changed": changed} if changed else {})})
+        self._link(attempt["id"], attempt["tags"].get(PARENT))
+
+    def _link(self, own: str, parent: str | None) -> None:
+        """MLflow's own mark of parent and child. Whichever of them is sent last finds the other."""
+        for above in self._runs_with("penstock.id", parent) if parent else []:
+            self._client.set_tag(self.state.run_id, "mlflow.parentRunId", above)
+        for below in self._runs_with(PARENT, own):
+            self._client.set_tag(below, "mlflow.parentRunId", self.state.run_id)
+
+    def _runs_with(self, tag: str, value: str) -> list[str]:
+        """Ids of the runs in this run's experiment that carry a tag."""
+        experiment = self._client.get_run(self.state.run_id).info.experiment_id
+        found = self._client.search_runs([experiment], f"tags.`{tag}` = '{value}'", max_results=1000)
+        return [run.info.run_id for run in found]
 
     def _send_tags(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag

@@ -380,6 +380,19 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.parametrize("first", ["parent", "child"])
+def test_a_child_is_shown_under_its_parent_whichever_is_sent_first(runs, first):
+    parent = tracker(runs / "parent", enabled=False)
+    child = Tracker(Tracker.Config(enabled=False, parent=parent.id), runs / "child", "child", {}, {}, True)
+    parent.close("FINISHED")
+    child.close("FINISHED")
+    other = {"parent": "child", "child": "parent"}[first]
+    ids = {name: process.sync(runs / name) for name in (first, other)}
+    client = open_store(f"sqlite:///{runs / 'mlflow.db'}")
+    assert client.get_run(ids["child"]).data.tags["mlflow.parentRunId"] == ids["parent"]
+    assert "mlflow.parentRunId" not in client.get_run(ids["parent"]).data.tags
+
+
 def test_compare_reads_runs_from_mlflow(runs):
     from penstock import compare
 
