@@ -145,11 +145,11 @@ class Mixing:
         alpha = torch.where(cuts, cutmix, mixup)
         # Rounded as the pixels are, for the target is to be what they show.
         kept = symmetric_beta(draws[:, 2], draws[:, 3], alpha).to(images.dtype)
-        pasted = box(kept, draws[:, 4], draws[:, 5], *images.shape[-2:])
+        stays = ~box(kept, draws[:, 4], draws[:, 5], *images.shape[-2:])
         mixed = (draws[:, 0] < prob) & (weights > 0) & (weights.roll(-away) > 0)
-        pixels = torch.where(cuts[:, None, None], (~pasted).to(images.dtype), kept[:, None, None])
+        pixels = torch.where(cuts[:, None, None], stays.to(images.dtype), kept[:, None, None])
         pixels = torch.where(mixed[:, None, None], pixels, 1)
-        share = torch.where(mixed, torch.where(cuts, 1 - pasted.float().mean((1, 2)), kept.float()), 1)
+        share = torch.where(mixed, torch.where(cuts, stays.sum((1, 2)) / stays[0].numel(), kept.float()), 1)
         # lerp gives the one or the other exactly where a share is 1 or 0.
         return (
             torch.lerp(images.roll(-away, 0), images, pixels[:, None]),

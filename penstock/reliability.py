@@ -1,4 +1,4 @@
-"""Whether a classifier's confidence can be believed: its accuracy beside its confidence, as numbers and as a picture."""
+"""Whether a classifier's confidence can be believed: accuracy beside confidence, as numbers and as a picture."""
 
 from typing import NamedTuple
 
