@@ -3,6 +3,7 @@
 timm registers a model by decorating a function; its source files are read with a regular expression.
 """
 
+import ast
 import importlib.util
 import re
 from collections.abc import Mapping
@@ -32,14 +33,18 @@ class ModelFacts:
     patch: int | None  # side of a patch in pixels, where its source or its name gives one
 
 
-@cache
-def timm_models() -> Mapping[str, ModelFacts]:
-    """Every model that timm registers, by name."""
+def _folder() -> Path:
     spec = importlib.util.find_spec("timm")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("timm is not installed; install the requirements (make demo does it)")
+    return Path(spec.origin).parent / "models"
+
+
+@cache
+def timm_models() -> Mapping[str, ModelFacts]:
+    """Every model that timm registers, by name."""
     found = {}
-    for file in sorted((Path(spec.origin).parent / "models").glob("*.py")):
+    for file in sorted(_folder().glob("*.py")):
         for match in _REGISTERED.finditer(file.read_text(encoding="utf-8") + "\n#"):
             in_body, in_name = _PATCH_IN_BODY.search(match["body"]), _PATCH_IN_NAME.search(match["name"])
             patch = (
@@ -84,3 +89,32 @@ def patch_of(name: str, options: Mapping[str, Any]) -> tuple[int, int] | None:
     if patch is None:
         return None
     return (int(patch), int(patch)) if isinstance(patch, int) else (int(patch[0]), int(patch[1]))
+
+
+@cache
+def arguments(name: str) -> frozenset[str] | None:
+    """The arguments of the class behind a model, such as drop_path_rate; None where timm's source does not tell."""
+    found = facts(name)
+    return _class_arguments(found.family, found.kind) if found.kind else None
+
+
+@cache
+def _class_arguments(family: str, kind: str) -> frozenset[str] | None:
+    file = _folder() / f"{family}.py"
+    if not file.is_file():
+        return None
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for item in tree.body:
+        if isinstance(item, ast.ImportFrom) and kind in {alias.name for alias in item.names}:
+            return _class_arguments(str(item.module).removeprefix("timm.models."), kind)
+    body = next((item for item in tree.body if isinstance(item, ast.ClassDef) and item.name == kind), None)
+    if body is None:
+        return None
+    init = next((item for item in body.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"), None)
+    own = frozenset(each.arg for each in (*init.args.args, *init.args.kwonlyargs)) if init else frozenset()
+    if init is not None and init.args.kwarg is None:
+        return own
+    inherited = [_class_arguments(family, base.id) for base in body.bases if isinstance(base, ast.Name)]
+    if not inherited or any(each is None for each in inherited):
+        return None
+    return own.union(*(each for each in inherited if each is not None))
