@@ -5,8 +5,8 @@ III); torchvision's is TrivialAugment (Müller and Hutter 2021). Either is loade
 """
 
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Literal
+from functools import lru_cache, partial
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -32,7 +32,7 @@ def build(
     """
     if name == "trivial":
         return _trivial(interpolation)
-    hparams: dict = {"img_mean": mean_colour(channels) if channels == 3 else mean_colour(channels)[0]}
+    hparams: dict[str, Any] = {"img_mean": mean_colour(channels) if channels == 3 else mean_colour(channels)[0]}
     if interpolation != "random":
         hparams["interpolation"] = Image.Resampling[interpolation.upper()]
     from timm.data import auto_augment as timm
@@ -40,11 +40,23 @@ def build(
     if name == "randaugment":
         hparams["magnitude_std"] = std
         kinds = timm.rand_augment_choices("", increasing=increasing)
-        return timm.RandAugment(timm.rand_augment_ops(magnitude, hparams=hparams, transforms=kinds), ops)
+        return timm.RandAugment(_posterizing(timm.rand_augment_ops(magnitude, hparams=hparams, transforms=kinds)), ops)
     if name == "augmix":
         hparams |= {"translate_pct": AUGMIX_TRANSLATION, "magnitude_std": float("inf")}  # uniform up to the magnitude
-        return timm.AugMixAugment(timm.augmix_ops(magnitude, hparams))
+        return timm.AugMixAugment(_posterizing(timm.augmix_ops(magnitude, hparams)))
     return timm.auto_augment_transform("3a", hparams)
+
+
+def _posterizing(ops: list[Any]) -> list[Any]:
+    """timm's operations, able to keep no bit at all, as at magnitude 10; Pillow 13 refuses what once gave black."""
+    for op in ops:
+        if op.name.startswith("Posterize"):
+            op.aug_fn = partial(_posterize, op.aug_fn)
+    return ops
+
+
+def _posterize(known: Callable[..., Image.Image], image: Image.Image, bits: int, **rest: Any) -> Image.Image:
+    return known(image, bits, **rest) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def _trivial(interpolation: Interpolation) -> Policy:

@@ -104,7 +104,7 @@ class Standard:
         view = self._crop(image, knobs["size"])
         changes = list(self._changes(strength, channels=len(view)))
         if changes:
-            picture = Image.fromarray(view.permute(1, 2, 0).squeeze(2).numpy())
+            picture = _picture(view)
             for change in changes:
                 picture = change(picture)
             view = _pixels.planes(np.array(picture).reshape(*view.shape[1:], len(view)))
@@ -149,6 +149,12 @@ class Standard:
             options.interpolation,
             channels,
         )
+
+
+def _picture(view: Tensor) -> Image.Image:
+    """A PIL image of [C, H, W]. Merging planes takes a fifth of the time of turning the array into [H, W, C]."""
+    bands = [Image.fromarray(plane) for plane in view.numpy()]
+    return Image.merge("RGB", bands) if len(bands) == 3 else bands[0]
 
 
 def _happens(probability: float) -> bool:
