@@ -10,6 +10,7 @@ from penstock import distributed
 from penstock.augment import AUGMENTATIONS
 from penstock.backbones import Backbone
 from penstock.checkpoint import Checkpoints
+from penstock.ema import Average
 from penstock.engine import Engine, start_ranks
 from penstock.errors import DONE, STOPPED, InputError
 from penstock.frozen import FrozenFeatures
@@ -44,6 +45,18 @@ class Parts:
     tracker: Tracker
     train: EvalStream  # the training set as it is measured
     val: EvalStream | None
+    average: Average | None = None
+
+    @property
+    def task(self) -> Task:
+        """The task to measure and export: averaged, once there is an average."""
+        return self.average.module if self.average is not None and self.average.updates else self.engine.task
+
+    def weights(self, prefix: str = "") -> dict[str, Tensor]:
+        """Weights of `task` by name, on the CPU. Collective."""
+        if self.average is not None and self.average.updates:
+            return self.average.weights(prefix)
+        return self.engine.weights(prefix)
 
 
 class Stage(Protocol):
@@ -90,6 +103,7 @@ def run(recipe: Recipe, stage: Stage) -> int:
     torch.manual_seed(key(recipe.seed, INIT))
     task = stage.task(data, clock)
     stream = _stream(recipe, clock, task.backbone)
+    average = Average(recipe.average, task) if recipe.average.name != "none" else None
     engine = Engine(
         task,
         Optim(recipe.optim).build(task, recipe.batch),
@@ -101,12 +115,12 @@ def run(recipe: Recipe, stage: Stage) -> int:
         size = task.backbone.size
         train = eval_stream(recipe.monitor, data, data.train, size, engine.device.type)
         val = eval_stream(recipe.monitor, data, data.val, size, engine.device.type) if data.val else None
-        parts = Parts(recipe, data, clock, engine, meters, tracker, train, val)
+        parts = Parts(recipe, data, clock, engine, meters, tracker, train, val, average)
         measures = stage.measures(parts)
         if recipe.evaluate_blocks():
             assert val is not None  # a rule of the recipe
             blocks = recipe.evaluate_blocks()
-            measures.append(FrozenFeatures(blocks, lambda: engine.task.backbone, engine, train, val, meters))
+            measures.append(FrozenFeatures(blocks, lambda: parts.task.backbone, engine, train, val, meters))
 
         def pictures() -> dict[str, Tensor]:
             with engine.autocast():
@@ -114,7 +128,7 @@ def run(recipe: Recipe, stage: Stage) -> int:
 
         monitor = Monitor(recipe.monitor, measures, tracker, pictures, lambda step: stage.keep(parts, step))
         curves = Curves(
-            {"lr": recipe.optim.schedule, "weight_decay": recipe.optim.weight_decay, **stage.knobs()},
+            {**recipe.optim.knobs, **stage.knobs()},
             clock,
             scale={"lr": recipe.optim.peak},
         )
@@ -132,6 +146,7 @@ def run(recipe: Recipe, stage: Stage) -> int:
                 stop=stop,
                 monitor=monitor,
                 meters=meters,
+                average=average,
             )
         )
         if finished:

@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from penstock import distributed
+from penstock.ema import AVERAGE, AVERAGED_BUFFER, Average
 from penstock.engine import Engine
 from penstock.engine_state import read_share, write_all
 from penstock.errors import InputError
@@ -54,6 +55,7 @@ class Checkpoints:
         state: Mapping[str, Any],
         meters: Mapping[str, Tensor] | None = None,
         forever: bool = False,
+        average: Average | None = None,
     ) -> str | None:
         """Write a checkpoint; collective. Returns what went wrong, on every rank, when it could not be written.
 
@@ -68,6 +70,7 @@ class Checkpoints:
         trouble = distributed.broadcast(trouble)
         share = read_share(engine.task, engine.masters(), distributed.rank(), distributed.world())
         share |= {f"meter|{name}": value for name, value in (meters or {}).items()}
+        share |= average.share(distributed.rank(), distributed.world()) if average is not None else {}
         written: dict[str, Any] = {}
         if trouble is None:
             file = partial / f"rank-{distributed.rank():05d}.safetensors"
@@ -123,7 +126,7 @@ class Checkpoints:
         return distributed.broadcast((chosen, passed))
 
     def restore(
-        self, engine: Engine, meters: dict[str, Tensor] | None = None
+        self, engine: Engine, meters: dict[str, Tensor] | None = None, average: Average | None = None
     ) -> tuple[dict[str, Any] | None, list[str]]:
         """Load the newest good checkpoint: its state (None for a fresh start), and warnings. Collective.
 
@@ -147,13 +150,13 @@ class Checkpoints:
                 f"{self.folder.parent} already holds a run, at {path.name}, and checkpoint.resume is 'never'; "
                 "give another name or folder (name=..., out=...), or checkpoint.resume=auto to continue it"
             )
-        found = self.load(engine, path)
+        found = self.load(engine, path, average)
         if meters is not None:
             meters.update(found)
         return _read_json(path / STATE), passed
 
-    def load(self, engine: Engine, path: Path) -> dict[str, Tensor]:
-        """Set weights, optimizer state and buffers from one checkpoint; this rank's meters."""
+    def load(self, engine: Engine, path: Path, average: Average | None = None) -> dict[str, Tensor]:
+        """Set weights, optimizer state, buffers and the average from one checkpoint; this rank's meters."""
         from safetensors import safe_open
 
         own = f"rank-{distributed.rank():05d}.safetensors"
@@ -170,7 +173,7 @@ class Checkpoints:
                     if file.name == own if same_world else distributed.is_main():
                         name = key.removeprefix("meter|")
                         meters[name] = meters.get(name, 0) + opened.get_tensor(key)
-                elif not key.startswith("buffer|") or file.name == buffers_from:
+                elif not key.startswith(("buffer|", AVERAGED_BUFFER)) or file.name == buffers_from:
                     place[key] = opened
                     shapes[key] = tuple(opened.get_slice(key).get_shape())
         _check_same_model(engine, shapes, path)
@@ -178,7 +181,15 @@ class Checkpoints:
         def tensor(key: str) -> Tensor:
             return place[key].get_tensor(key)
 
-        write_all(engine.task, engine.masters(), tensor, place)
+        averaged = [key for key in place if key.startswith(AVERAGE)]
+        write_all(engine.task, engine.masters(), tensor, place.keys() - averaged)
+        if average is not None:
+            if not averaged:
+                raise InputError(
+                    f"{path} holds no averaged weights, so average.name={average.config.name} cannot go on from it; "
+                    "set average.name=none, or start a new run"
+                )
+            average.load(tensor, averaged)
         engine.restore_scaler(state["fp16"])
         return meters
 

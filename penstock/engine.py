@@ -1,18 +1,14 @@
-"""DeepSpeed behind a small interface; the only file that imports it.
+"""DeepSpeed behind a small interface; only files named engine know it.
 
 What DeepSpeed gets silently wrong is settled here: it is given no scheduler and no clipping at stage 0, losses are
 scaled once, buffers are broadcast, hyper-parameters are written at every step, a step that is not finite is skipped on
 all ranks at every stage, and weights and optimizer state are read and written as plain fp32 tensors by name.
 """
 
-import logging
 import math
-import os
 import shutil
-import socket
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,12 +19,15 @@ from torch import Tensor, nn
 from penstock import distributed
 from penstock.decay import Decay
 from penstock.engine_settings import check_extra
+from penstock.engine_start import import_deepspeed, start_ranks
 from penstock.engine_state import Masters
 from penstock.errors import InputError
 from penstock.optim import write
 from penstock.recipe import Block
 from penstock.sam import Sam
 from penstock.task import StepOutput, Task
+
+__all__ = ["Engine", "Step", "settings", "start_ranks"]
 
 Precision = Literal["fp32", "bf16", "bf16_pure", "fp16"]
 BUCKET = 2**24  # gradients that stage 0 copies and reduces at once, 64 MB; DeepSpeed's own bucket holds 2 GB
@@ -108,7 +107,7 @@ class Engine:
         _preflight(config, self.device)
         if config.checkpointing:
             _checkpoint_activations(task)
-        deepspeed = _import_deepspeed(self.device)
+        deepspeed = import_deepspeed(self.device)
         self._ds, _, _, _ = deepspeed.initialize(
             model=task.to(self.device),
             optimizer=optimizer,
@@ -258,6 +257,14 @@ class Engine:
                 found[name] = buffer.detach().to("cpu", copy=True)
         return found
 
+    def trained(self) -> Iterator[tuple[str, Tensor]]:
+        """The trainable weights in fp32, on their device, by name: to read at once, not to keep. Collective."""
+        whole = self.config.zero < 3 and self.config.precision in ("fp32", "bf16")  # no rank needs the others'
+        masters = None if whole else self.masters()
+        for name, param in self.task.named_parameters():
+            if param.requires_grad:
+                yield name, param.detach() if masters is None else masters.weight(param)
+
     def masters(self) -> Masters:
         """Access to fp32 weights and optimizer state by parameter, at any ZeRO stage."""
         return Masters(self._ds, self.config.zero, self._gathered)
@@ -311,58 +318,6 @@ def settings(config: Engine.Config, micro_batch: int) -> dict[str, Any]:
     for key, value in config.deepspeed.items():
         made[key] = {**made[key], **value} if isinstance(value, dict) and isinstance(made.get(key), dict) else value
     return made
-
-
-def start_ranks() -> None:
-    """Join the other ranks (torchrun's environment says how); a process on its own becomes a group of one."""
-    if distributed.started():
-        return
-    if "RANK" not in os.environ:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-        alone = {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        os.environ.update(alone)
-    device = distributed.device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-
-def _import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, quiet, and without the shared-memory op that it would compile at start on a CPU."""
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    with _absent("mlflow"):  # its autotuner would load it, one second and 120 MB in every rank, and works without
-        import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if device.type == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend="gloo" if device.type == "cpu" else "nccl", auto_mpi_discovery=False, verbose=False
-        )
-    return deepspeed
-
-
-@contextmanager
-def _absent(module: str) -> Iterator[None]:
-    """Importing `module` fails here, unless it was imported before."""
-    if module in sys.modules:
-        yield
-        return
-    sys.modules[module] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[module]
 
 
 def _preflight(config: Engine.Config, device: torch.device) -> None:

@@ -195,8 +195,37 @@ class Step(_Curve):
         return self.start * self.factor**passed
 
 
+class OneCycle(_Curve):
+    """Up from `start` to `top`, then down to `end` (Smith 2018), as torch's OneCycleLR: the last step has `end`.
+
+    For a learning rate, as a fraction of its peak, `top` is 1; for a momentum that falls while the rate rises, below
+    `start`, such as {start: 0.95, top: 0.85, end: 0.95}.
+    """
+
+    name: Literal["one_cycle"] = "one_cycle"
+    start: float = 0.04
+    top: float = 1.0
+    end: float = 4e-6
+    peak: Duration = Field(Length(30.0, "%"), description="when the top is reached")
+    shape_of: Literal["cos", "linear"] = Field("cos", description="of the way up and of the way down")
+
+    def at(self, step: float, clock: Clock) -> float:
+        warmup = clock.steps(self.warmup)
+        if step < warmup:
+            return super().at(step, clock)
+        last = max(clock.total - warmup - 1, 0.0)
+        peak = min(max(clock.steps(self.peak) - warmup - 1, 0.0), last)
+        done = min(step - warmup, last)
+        if 0 < peak >= done:
+            return self._between(self.start, self.top, done / peak)
+        return self._between(self.top, self.end, (done - peak) / (last - peak) if last > peak else 1.0)
+
+    def _between(self, a: float, b: float, share: float) -> float:
+        return a + (b - a) * (share if self.shape_of == "linear" else 0.5 * (1 - math.cos(math.pi * share)))
+
+
 Curve = Annotated[
-    Constant | Linear | Cosine | Polynomial | WarmupStableDecay | Step,
+    Constant | Linear | Cosine | Polynomial | WarmupStableDecay | Step | OneCycle,
     Field(discriminator="name"),
 ]
 CURVES = {kind.model_fields["name"].default: kind for kind in _Curve.__subclasses__()}

@@ -13,11 +13,12 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator
 
 from penstock.checkpoint import Checkpoints
+from penstock.ema import Average
 from penstock.engine import Engine
 from penstock.errors import DONE, EXIT_FILE, INPUT_WRONG, InputError, RunFailed
 from penstock.mistakes import fields_of
 from penstock.monitor import Monitor
-from penstock.optim import NEEDS_SHAPES, Optim
+from penstock.optim import Optim
 from penstock.recipe import DEFAULT, Block, Rule, Source, check, load, one_of, resolved, several_of, to_yaml
 from penstock.schedule import Duration, Length
 from penstock.streams.data import Data
@@ -27,10 +28,19 @@ PATIENCE = 3.0  # seconds that other ranks leave rank 0 to say what is wrong
 
 
 def optimizer_sees_shapes(recipe: Any) -> Iterator[str]:
-    if recipe.optim.name in NEEDS_SHAPES and recipe.engine.zero > 0:
+    if recipe.optim.needs_shapes and recipe.engine.zero > 0:
+        cautious = "caution" if "caution" in recipe.optim.options else recipe.optim.name
         yield (
-            f"optim.name: {recipe.optim.name} needs whole parameters, which ZeRO-{recipe.engine.zero} cuts into flat "
+            f"optim.name: {cautious} needs whole parameters, which ZeRO-{recipe.engine.zero} cuts into flat "
             "pieces; set engine.zero=0, or optim.name=adamw"
+        )
+
+
+def weights_have_a_start(recipe: Any) -> Iterator[str]:
+    if recipe.optim.pulls and recipe.backbone.weights is None:
+        yield (
+            "optim.l2_sp: it pulls the backbone to the weights it starts from, and these are random here; "
+            "give backbone.weights, or leave l2_sp at 0"
         )
 
 
@@ -60,12 +70,18 @@ class Recipe(Block):
     augment: one_of("penstock.augment")  # type: ignore[valid-type]
     optim: Optim.Config
     engine: Engine.Config = Engine.Config()
+    average: Average.Config = Average.Config()
     evaluate: several_of("penstock.evaluate") = Field({}, description="evaluations by name")  # type: ignore[valid-type]
     monitor: Monitor.Config = Monitor.Config()
     checkpoint: Checkpoints.Config = Checkpoints.Config()
     tracking: Tracker.Config = Tracker.Config()
 
-    rules: ClassVar[tuple[Rule, ...]] = (optimizer_sees_shapes, evaluations_have_data, data_is_here)
+    rules: ClassVar[tuple[Rule, ...]] = (
+        optimizer_sees_shapes,
+        weights_have_a_start,
+        evaluations_have_data,
+        data_is_here,
+    )
 
     @field_validator("name")
     @classmethod

@@ -9,6 +9,7 @@ import torch
 
 from penstock import distributed, keyed
 from penstock.checkpoint import Checkpoints
+from penstock.ema import Average
 from penstock.engine import Engine
 from penstock.errors import RunFailed
 from penstock.meters import Meters
@@ -64,6 +65,7 @@ class Run:
     stop: Stop
     monitor: Observer
     meters: Meters
+    average: Average | None = None
 
 
 def fit(run: Run) -> tuple[bool, int]:
@@ -79,24 +81,28 @@ def fit(run: Run) -> tuple[bool, int]:
         run.monitor.observe(tick)
     with progress("training", clock.samples, state.samples, show=distributed.is_main()) as bar:
         while not tick.last:
-            torch.manual_seed(keyed.key(run.seed, DROPOUT, state.step, distributed.rank()))
             size = run.stream.batch_at(state.samples)
             knobs = run.curves.at(state.applied / clock.batch, size)
-            engine.set(knobs)
+            engine.set(knobs, tick.now)
             began = time.monotonic()
             parts = [next(batches) for _ in range(engine.accumulation)]
             waited = time.monotonic() - began
             engine.begin(torch.stack([part.weights.sum() for part in parts]).sum(), run.stop.asked())
-            for part in parts:
-                output = engine.forward(part.to(engine.device), knobs)
-                engine.backward(output)
-                meters.output(output)
+            for sweep in engine.sweeps(state.step):
+                torch.manual_seed(keyed.key(run.seed, DROPOUT, state.step, distributed.rank()))
+                for part in parts:
+                    output = engine.forward(part.to(engine.device), knobs)
+                    engine.backward(output)
+                    if sweep == 0:
+                        meters.output(output)
             done = engine.step()
             if done.applied:
                 engine.task.after_step(engine, knobs)
             meters.step(done.applied, size, waited, grad_norm=done.grad_norm)
             _advance(state, run, parts, size, done.applied)
             tick = clock.tick(state.step, state.samples, state.samples - size)
+            if done.applied and run.average is not None:
+                run.average.update(engine, tick)
             books.close_step(parts, state, tick)
             if tick.every(run.report_every) or tick.last or state.step == 1:
                 bar.note(_report(run, state, knobs))
@@ -172,7 +178,7 @@ def _save(run: Run, state: State, books: Books, tick: Tick) -> None:
         "digest": books.digest.state(),
         "monitor": run.monitor.state(),
     }
-    trouble = run.checkpoints.save(run.engine, step, about, run.meters.state(), forever)
+    trouble = run.checkpoints.save(run.engine, step, about, run.meters.state(), forever, run.average)
     if trouble:
         run.tracker.event("checkpoint failed", step, why=trouble)
         if distributed.is_main():
@@ -184,7 +190,7 @@ def _save(run: Run, state: State, books: Books, tick: Tick) -> None:
 
 def _restore(run: Run) -> tuple[State, Books]:
     open_sums: dict[str, torch.Tensor] = {}
-    saved, warnings = run.checkpoints.restore(run.engine, open_sums)
+    saved, warnings = run.checkpoints.restore(run.engine, open_sums, run.average)
     for warning in warnings:
         run.tracker.event("checkpoint damaged", 0, why=warning)
         if distributed.is_main():

@@ -47,7 +47,7 @@ class Pretraining:
     def _export(self, parts: Parts, step: int, name: str) -> None:
         from penstock.export import export_backbone
 
-        weights = parts.engine.weights("backbone.model.")
+        weights = parts.weights("backbone.model.")
         if distributed.is_main():
             state = {name.removeprefix("backbone."): value for name, value in weights.items()}
             about = {"run": self.recipe.name, "method": self.recipe.method.name, "step": step}

@@ -34,7 +34,7 @@ KNOWS = {
     "penstock/trainer.py": (
         *("penstock.engine", "penstock.checkpoint", "penstock.tracking", "penstock.task", "penstock.streams"),
         *("penstock.distributed", "penstock.keyed", "penstock.schedule", "penstock.signals", "penstock.errors"),
-        *("penstock.meters", "penstock.progress"),
+        *("penstock.meters", "penstock.progress", "penstock.ema"),
     ),
 }
 TOP_LEVEL = {

@@ -7,10 +7,10 @@ HEAVY = ("mlflow", "pandas", "sklearn", "matplotlib", "torchmetrics", "pyarrow",
 RANK = f"""
 import sys
 import pretrain.run
-from penstock.engine import _import_deepspeed, start_ranks
+from penstock.engine_start import import_deepspeed, start_ranks
 import torch
 start_ranks()
-_import_deepspeed(torch.device("cpu"))
+import_deepspeed(torch.device("cpu"))
 print("loaded:", [name for name in {HEAVY} if name in sys.modules])
 import mlflow  # whoever needs it later still gets it
 """
