@@ -91,7 +91,7 @@ def _timm_classifier(backbone: Backbone) -> tuple[tuple[Tensor, Tensor], Sequenc
         model: Any = timm.create_model(backbone.config.name, pretrained=True)
     linear = model.get_classifier()
     names = model.pretrained_cfg.get("label_names") or imagenet_names(model.num_classes)
-    if type(linear) is not torch.nn.Linear or linear.bias is None or not names:
+    if not isinstance(linear, torch.nn.Linear) or linear.bias is None or not names:
         raise InputError(
             f"head.init: timm's weights of {backbone.config.name} bring no linear classifier of named classes"
         )

@@ -170,6 +170,8 @@ def read_about(folder: str | Path) -> dict[str, Any]:
 
 def classifier_names(config: Backbone.Config) -> tuple[str, str] | None:
     """timm's names of the classifier's weight and bias; None where it is not one linear layer of pooled features."""
+    from timm.layers import Linear as TimmLinear  # casts under autocast, else torch's own
+
     bare = config.model_copy(update={"weights": None})
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model: Any = Backbone(bare).model
@@ -179,7 +181,7 @@ def classifier_names(config: Backbone.Config) -> tuple[str, str] | None:
         except (AttributeError, TypeError, AssertionError, NotImplementedError):
             return None
     found = [name for name, module in model.named_modules() if module is linear]
-    if type(linear) is not nn.Linear or linear.bias is None or not found:
+    if type(linear) not in (nn.Linear, TimmLinear) or linear.bias is None or not found:
         return None
     return f"{found[0]}.weight", f"{found[0]}.bias"
 

@@ -6,26 +6,24 @@ from typing import Any
 from torch import nn
 
 from penstock.errors import InputError
+from penstock.optim import layer_numbers
 
 
 def layers(model: Any) -> list[list[str]]:
-    """Names of the model's parameters, layer by layer from the stem up, as timm's `group_matcher` orders them.
-
-    A norm after the last layer belongs to that layer.
+    """Names of the model's parameters, layer by layer from the stem up; what timm counts to the head goes with the
+    last layer, a last norm say.
 
     Raises:
         InputError: the model does not know its layers.
     """
-    from timm.models import group_parameters
-
     if not hasattr(model, "group_matcher"):
         raise InputError(f"transfer: {type(model).__name__} has no order of layers; use transfer=full or transfer=head")
-    found = group_parameters(model, model.group_matcher(coarse=False))
-    ordered = [list(found[index]) for index in sorted(found)]
-    top = ordered[-1]
-    if len(ordered) > 1 and all(name.split(".")[0] in ("norm", "fc_norm") for name in top):
-        ordered[-2:] = [ordered[-2] + top]
-    return ordered
+    numbers, top = layer_numbers(model)
+    last = max((number for number in numbers.values() if number < top), default=top)
+    found: dict[int, list[str]] = {}
+    for name, number in numbers.items():
+        found.setdefault(min(number, last), []).append(name)
+    return [found[number] for number in sorted(found)]
 
 
 def modules_of(root: nn.Module, params: Collection[str], prefix: str = "") -> Iterator[str]:
