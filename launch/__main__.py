@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from launch import demo, local
+from launch import ablate, demo, local
 
 
 def main() -> int:
@@ -11,6 +11,7 @@ def main() -> int:
     ways = parser.add_subparsers(required=True, metavar="WHERE")
     local.add_command(ways)
     demo.add_command(ways)
+    ablate.add_command(ways)
     args, rest = parser.parse_known_args()
     return args.run(args, rest)
 

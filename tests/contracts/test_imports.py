@@ -30,7 +30,10 @@ NEVER = {
 }
 # Of our own packages, all that a part may import.
 KNOWS = {
-    "launch/": ("launch", "penstock.recipe", "penstock.errors", "penstock.progress", "penstock.registry"),
+    "launch/": (
+        *("launch", "penstock.recipe", "penstock.errors", "penstock.progress", "penstock.registry"),
+        *("penstock.schedule", "penstock.tracking", "penstock.compare", "penstock.paired"),
+    ),
     "penstock/trainer.py": (
         *("penstock.engine", "penstock.checkpoint", "penstock.tracking", "penstock.task", "penstock.streams"),
         *("penstock.distributed", "penstock.keyed", "penstock.schedule", "penstock.signals", "penstock.errors"),
@@ -156,7 +159,7 @@ HEAVY = ("torch", "torchvision", "timm", "deepspeed", "mlflow", "sklearn", "matp
 @pytest.mark.parametrize(
     "code",
     [
-        "import launch.__main__, launch.local",
+        "import launch.__main__, launch.local, launch.ablate.runs, launch.ablate.report",
         "import penstock.recipe, penstock.errors, penstock.progress, penstock.registry",
         "import penstock.cli",
     ],

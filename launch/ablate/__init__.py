@@ -1,0 +1,132 @@
+"""`python -m launch ablate RECIPE --over mixup,erase --seeds 3`: what each part of a recipe does.
+
+Runs the recipe without each part (leave one out) and each part alone (add one), and reports effects with paired
+intervals over the same validation images, and costs in time. The same command goes on where it was interrupted.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from launch.ablate.parts import choose
+from launch.ablate.plan import ADD_ONE, KINDS, LEAVE_ONE_OUT, Plan
+from launch.launcher import Launcher, Local
+from penstock.errors import DONE, INPUT_WRONG, STOPPED, InputError
+
+SOME_FAILED = 1
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+def add_command(ways: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = ways.add_parser("ablate", help="what each part of a finetune recipe does, with paired intervals")
+    parser.add_argument("recipe", metavar="RECIPE")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument(
+        "--over", action="append", default=[], metavar="PARTS", help="mixup,erase,..., or name:key=value-without-it"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each variant, with seeds from the recipe's on")
+    parser.add_argument("--procs", type=int, default=None, help="ranks of each run, as of `launch local`")
+    parser.add_argument("--metric", choices=["top1", "ece", "nll"], default="top1", help="what the table is about")
+    half = parser.add_mutually_exclusive_group()
+    half.add_argument(f"--{LEAVE_ONE_OUT}", dest="kinds", action="store_const", const=(LEAVE_ONE_OUT,), default=KINDS)
+    half.add_argument(f"--{ADD_ONE}", dest="kinds", action="store_const", const=(ADD_ONE,))
+    parser.add_argument("--report", action="store_true", help="only show what the runs so far have found")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, rest: list[str]) -> int:
+    """The exit code: 0 done, 1 some runs failed, 2 the input is wrong, 75 stopped and resumable."""
+    try:
+        unknown = [word for word in rest if word.startswith("-") or "=" not in word]
+        if unknown:
+            raise InputError(f"what is {unknown[0]!r}? Options are in --help; values of the recipe are key=value")
+        if args.seeds < 1:
+            raise InputError("--seeds is at least 1; intervals over seeds need at least 2, and 3 or more to be narrow")
+        return ablate(args, [*args.overrides, *rest], Local(args.procs))
+    except InputError as error:
+        print(f"ablate: {error}", file=sys.stderr)
+        return INPUT_WRONG
+
+
+def ablate(args: argparse.Namespace, overrides: list[str], launcher: Launcher) -> int:
+    from launch.ablate.runs import Series, check, resolve
+    from penstock.recipe import load
+    from penstock.tracking import Tracker
+
+    values = load(args.recipe, overrides).values
+    folder = Path(values.get("out", "runs")) / f"{values.get('name', Path(args.recipe).stem)}-ablation"
+    if args.report:
+        return show(folder, args.metric)
+    parts = choose(args.over, values)
+    first = int(values.get("seed", 0))
+    plan = Plan.of(args.recipe, overrides, parts, range(first, first + args.seeds), args.kinds)
+    recipes = check(plan, parts, resolve)
+    config = Tracker.Config(**recipes["full"]["tracking"])
+    series = Series(plan, folder, recipes, [])
+    series.refuse_changed()
+    stopping: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        stopping.append(number)
+        launcher.stop()
+
+    for number in SIGNALS:
+        signal.signal(number, stop)
+    params = {"recipe": recipes["full"], "ablate": {"parts": plan.parts, "seeds": plan.seeds}}
+    tracker = Tracker(config, folder, folder.name, params, {"stage": "ablate"}, active=True)
+    plan.save(folder)
+    series.tracking = [f"tracking.parent={tracker.id}", *store(config, folder)]
+    try:
+        code, failed = series.run(launcher, lambda: bool(stopping), say)
+        show(folder, args.metric, tracker)
+    except BaseException:
+        tracker.close("FAILED")
+        raise
+    tracker.close("KILLED" if code == STOPPED else "FAILED" if failed else "FINISHED")
+    for line in failed:
+        say(f"failed: {line}")
+    if code == STOPPED:
+        say("stopped; the same command goes on from here")
+        return STOPPED
+    return SOME_FAILED if failed else DONE
+
+
+def store(config: Any, folder: Path) -> list[str]:
+    """The runs lie a folder deeper than the ablation's own journal, and go to the same MLflow store."""
+    if config.uri or os.environ.get("MLFLOW_TRACKING_URI"):
+        return []
+    return [f"tracking.uri=sqlite:///{folder.parent.resolve() / 'mlflow.db'}"]
+
+
+def show(folder: Path, metric: str, tracker: Any = None) -> int:
+    """Print the table; with a tracker, also keep table, JSON and picture beside it."""
+    from rich.console import Console
+
+    from launch.ablate.picture import draw
+    from launch.ablate.report import as_json, report, table
+
+    made = report(folder, metric)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table(made))
+    if tracker is None or not made.findings:
+        return DONE
+    (folder / "report.json").write_text(json.dumps(as_json(made), indent=1), encoding="utf-8")
+    draw(made, folder / "effects.png")
+    for file in ("report.json", "effects.png"):
+        tracker.artifact(folder / file)
+    for found in made.findings:
+        for name, effect in found.effects.items():
+            kind = found.contrast.kind.replace("-", "_")
+            for limit in ("value", "low", "high"):
+                metrics = {f"{kind}/{found.contrast.part}/{name}_{limit}": getattr(effect, limit)}
+                tracker.log(len(made.runs), metrics)
+    say(f"kept in {folder}: report.json, effects.png")
+    return DONE
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
