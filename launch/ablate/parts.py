@@ -26,7 +26,7 @@ class Part:
 
 
 def known_parts() -> dict[str, dict[str, Any]]:
-    """The table: per name `what`, `off` and `on`."""
+    """The table: per name `what`, `without` and `example`."""
     return yaml.safe_load(TABLE.read_text(encoding="utf-8"))
 
 
@@ -77,7 +77,7 @@ def _known(name: str, recipe: Mapping[str, Any]) -> Part:
             "any other is given as name:key=value, with the value that the recipe has without it"
         )
     entry = table[name]
-    return Part(name, {key: _text(key, value, recipe) for key, value in entry["off"].items()}, entry["on"])
+    return Part(name, {key: _text(key, value, recipe) for key, value in entry["without"].items()}, entry["example"])
 
 
 def _text(key: str, value: Any, recipe: Mapping[str, Any]) -> str:
