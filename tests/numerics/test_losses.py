@@ -147,6 +147,17 @@ def test_at_most_the_two_classes_mixed_count_as_shown(smoothing, threshold, clas
         torch.testing.assert_close(hard, hard.round(), atol=1e-6, rtol=0)
 
 
+def test_rounding_is_no_class_that_was_mixed_in():
+    loss = binary(smoothing=0.1, threshold=0.0)
+    targets = loss.targets(torch.arange(B), 1000)
+    rounded = 0
+    for share in torch.linspace(0.1, 0.9, 33).tolist():
+        blended = targets * share + targets.flip(0) * (1 - share)  # unlike lerp, this rounds
+        rounded += ((blended - 0.1 / 1000) / 0.9 > 0).sum() > 2 * B
+        assert ((loss.shown(blended) > 0.5).sum(1) == 2).all()
+    assert rounded
+
+
 def test_a_class_mixed_with_itself_is_one_positive():
     loss = binary(smoothing=0.1, threshold=0.2)
     shown = loss.shown(mixed(loss.targets(torch.full((B,), 3), K)))

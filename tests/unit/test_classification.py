@@ -139,6 +139,8 @@ def test_bins_hold_every_sample_once():
     bins = reliability(confidence, torch.tensor([True, False, True, True, False]))
     assert bins.samples.sum() == 5
     assert bins.samples[14] == 2 and bins.accuracy[14] == 0.5 and bins.samples[7] == 1
+    edges = reliability(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]), torch.ones(5), bins=4)
+    assert edges.samples.tolist() == [1, 1, 1, 2]  # a lower edge belongs to its bin
     with pytest.raises(InputError, match="not empty"):
         reliability(torch.zeros(0), torch.zeros(0))
 
