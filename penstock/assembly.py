@@ -68,6 +68,10 @@ class Stage(Protocol):
         """The model with its loss; torch's generator is seeded."""
         ...
 
+    def opens(self, task: Any, clock: Clock) -> dict[str, float]:
+        """Parameters that move only from a nominal time on, by name."""
+        ...
+
     def knobs(self) -> dict[str, Any]:
         """Numbers or curves that the task's `forward` gets, by name."""
         ...
@@ -106,7 +110,7 @@ def run(recipe: Recipe, stage: Stage) -> int:
     average = Average(recipe.average, task) if recipe.average.name != "none" else None
     engine = Engine(
         task,
-        Optim(recipe.optim).build(task, recipe.batch),
+        Optim(recipe.optim).build(task, recipe.batch, stage.opens(task, clock)),
         recipe.engine,
         recipe.batch // distributed.world() // recipe.engine.accumulation,
     )

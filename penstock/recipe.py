@@ -41,6 +41,7 @@ class Choice:
     """Marks a recipe field that holds one component of a registry, chosen by the block's `name`."""
 
     package: str
+    default: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,9 @@ class Choices:
     package: str
 
 
-def one_of(package: str) -> Any:
-    return Annotated[Any, Choice(package)]
+def one_of(package: str, default: str | None = None) -> Any:
+    """A component of `package` by its name; without a default the name must be given."""
+    return Annotated[Any, Choice(package, default)]
 
 
 def several_of(package: str) -> Any:
@@ -240,7 +242,7 @@ def concrete(model: type[Block], values: dict[str, Any], problems: dict[str, str
     for name, info in model.model_fields.items():
         for mark in info.metadata:
             if isinstance(mark, Choice):
-                fields[name] = (_config_type(mark.package, name, values, problems), info)
+                fields[name] = (_config_type(mark, name, values, problems), info)
             elif isinstance(mark, Choices):
                 fields[name] = (_configs_type(mark.package, name, values, problems), info)
     if not fields:
@@ -250,13 +252,17 @@ def concrete(model: type[Block], values: dict[str, Any], problems: dict[str, str
     return create_model(model.__name__, __base__=model, __module__=model.__module__, **fields)
 
 
-def _config_type(package: str, name: str, values: dict[str, Any], problems: dict[str, str]) -> Any:
+def _config_type(choice: Choice, name: str, values: dict[str, Any], problems: dict[str, str]) -> Any:
     block = values.get(name)
+    if block is None and choice.default:
+        block = values[name] = {}
     if isinstance(block, str):
         block = values[name] = {"name": block}
     if not isinstance(block, dict):
         return Any
-    registry = Registry(package)
+    if choice.default:
+        block.setdefault("name", choice.default)
+    registry = Registry(choice.package)
     if "name" not in block:
         problems.setdefault(f"{name}.name", f"missing{nearest('', registry.names())}")
     elif block["name"] not in registry.names():

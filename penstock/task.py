@@ -44,6 +44,9 @@ class Task(nn.Module):
         """What in a recipe this task cannot work with; each says the key, the value and what to write instead."""
         return []
 
+    def before_step(self, time: float, knobs: Mapping[str, float]) -> None:
+        """Called before each optimizer step, at a nominal time (`Tick.now`): modes and probabilities that change."""
+
     def after_step(self, engine: Any, knobs: Mapping[str, float]) -> None:
         """Called after each applied optimizer step: EMA teachers, queues, centres."""
 

@@ -84,6 +84,7 @@ def fit(run: Run) -> tuple[bool, int]:
             size = run.stream.batch_at(state.samples)
             knobs = run.curves.at(state.applied / clock.batch, size)
             engine.set(knobs, tick.now)
+            engine.task.before_step(tick.now, knobs)
             began = time.monotonic()
             parts = [next(batches) for _ in range(engine.accumulation)]
             waited = time.monotonic() - began

@@ -6,6 +6,7 @@ from typing import Any
 from penstock.backbones.backbone import Backbone
 from penstock.recipe import one_of
 from penstock.registry import Registry
+from penstock.rules import channels_agree, patches_divide
 from penstock.stage import Recipe
 
 METHODS = Registry("pretrain.methods")
@@ -19,14 +20,6 @@ def accumulation_keeps_the_batch(recipe: Any) -> Iterator[str]:
         )
 
 
-def channels_agree(recipe: Any) -> Iterator[str]:
-    if recipe.backbone.channels != recipe.data.channels:
-        yield (
-            f"data.channels: {recipe.data.channels} here and {recipe.backbone.channels} in backbone.channels; "
-            "they must agree"
-        )
-
-
 def method_works(recipe: Any) -> list[str]:
     return METHODS.get(recipe.method.name).conflicts(recipe)
 
@@ -37,4 +30,4 @@ class Pretrain(Recipe):
     backbone: Backbone.Config
     method: one_of("pretrain.methods")  # type: ignore[valid-type]
 
-    rules = (*Recipe.rules, accumulation_keeps_the_batch, channels_agree, method_works)
+    rules = (*Recipe.rules, accumulation_keeps_the_batch, channels_agree, patches_divide, method_works)

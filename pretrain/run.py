@@ -29,6 +29,9 @@ class Pretraining:
         recipe = self.recipe
         return METHODS.get(recipe.method.name)(recipe.method, Backbone(recipe.backbone), recipe.seed)
 
+    def opens(self, task: Task, clock: Clock) -> dict[str, float]:
+        return {}
+
     def knobs(self) -> dict[str, Any]:
         return knobs_of(self.recipe.method)
 

@@ -205,8 +205,11 @@ class BatchNorms:
         momentum: float | None = Field(
             None, gt=0, le=1, description="a batch's part in the running statistics; null keeps the model's"
         )
-        recalibrate: int = Field(
-            0, ge=0, description="samples over which statistics are computed anew at the end; 0 leaves them"
+        recalibrate: int | None = Field(
+            None,
+            ge=0,
+            description="samples over which statistics are computed anew before measuring and at the end; 0 leaves "
+            "them; null does it where weights are averaged or sizes change",
         )
 
         @model_validator(mode="after")

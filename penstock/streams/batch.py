@@ -16,6 +16,7 @@ class Batch:
     positions: Tensor  # int64 [B], place in the endless order; keys all randomness of the sample
     keys: list[str] = field(default_factory=list)  # the samples' names, for people
     step: int = 0  # optimizer step this micro-batch belongs to
+    begin: int = 0  # position of the first sample that any rank has in this micro-batch
     faults: list[dict] = field(default_factory=list)  # one record per slot of weight 0: position, shard, key, reason
     ids: Tensor | None = None  # int64 [B], the bits of the samples' 64-bit ids; for the epoch's digest
 

@@ -32,6 +32,7 @@ class Micro:
     samples: np.ndarray
     knobs: Mapping[str, float]  # the augmentation's at this step; `size` is the side of the square views in pixels
     step: int
+    begin: int = 0  # position of the first sample that any rank has in it
 
 
 class Plan(Protocol):
@@ -69,6 +70,7 @@ def assemble(micro: Micro, images: Images, augment: Augment, seed: int) -> Batch
         positions=torch.from_numpy(micro.positions),
         keys=[sample.key for sample in samples],
         step=micro.step,
+        begin=micro.begin,
         faults=faults,
         ids=torch.from_numpy(np.array([sample.id for sample in samples], dtype=np.uint64).view(np.int64)),
     )

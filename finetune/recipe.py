@@ -1,0 +1,62 @@
+"""What a finetuning recipe may say."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from finetune.accuracy import Accuracy
+from finetune.tasks import TASKS
+from penstock.backbones.backbone import Backbone
+from penstock.backbones.batchnorm import BatchNorms
+from penstock.backbones.dropout import Drop, drop_rules
+from penstock.head import Head
+from penstock.mixing import Mixing
+from penstock.recipe import one_of
+from penstock.rules import channels_agree, patches_divide
+from penstock.stage import Recipe
+
+
+def there_is_a_validation_set(recipe: Any) -> Iterator[str]:
+    if recipe.data.val is None:
+        yield "data.val: a classifier is measured on a validation set; give the folder of a packed one"
+
+
+def loss_fits_task(recipe: Any) -> list[str]:
+    return TASKS.get(recipe.task.name).conflicts(recipe)
+
+
+def accumulation_keeps_the_statistics(recipe: Any) -> Iterator[str]:
+    if recipe.head.norm == "batch" and recipe.engine.accumulation > 1:
+        yield (
+            f"head.norm: batch statistics would be those of a micro-batch, {recipe.engine.accumulation} times smaller "
+            "than the batch; set engine.accumulation=1 or head.norm=layer"
+        )
+
+
+def repeats_shrink_the_epoch(recipe: Any) -> Iterator[str]:
+    if recipe.data.repeats > recipe.batch:
+        yield f"data.repeats: {recipe.data.repeats} repeats of a sample do not fit in a batch of {recipe.batch}"
+
+
+class Finetune(Recipe):
+    """A classifier made of a backbone."""
+
+    backbone: Backbone.Config
+    task: one_of("finetune.tasks", "classify")  # type: ignore[valid-type]
+    head: Head.Config = Head.Config()
+    loss: one_of("finetune.losses", "cross_entropy")  # type: ignore[valid-type]
+    mix: Mixing.Config = Mixing.Config()
+    drop: Drop.Config = Drop.Config()
+    transfer: one_of("finetune.transfer", "full")  # type: ignore[valid-type]
+    batchnorm: BatchNorms.Config = BatchNorms.Config()
+    measure: Accuracy.Config = Accuracy.Config()
+
+    rules = (
+        *Recipe.rules,
+        channels_agree,
+        patches_divide,
+        there_is_a_validation_set,
+        loss_fits_task,
+        accumulation_keeps_the_statistics,
+        repeats_shrink_the_epoch,
+        drop_rules,
+    )

@@ -1,0 +1,140 @@
+"""A finetuning run."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.accuracy import Accuracy
+from finetune.head_init import initialise
+from finetune.losses import LOSSES
+from finetune.recipe import Finetune
+from finetune.tasks import TASKS, Pieces
+from finetune.tasks.classify import Classify
+from finetune.transfer import TRANSFERS, trained_share
+from penstock import distributed
+from penstock.assembly import Parts, run
+from penstock.backbones import Backbone
+from penstock.backbones.batchnorm import BatchNorms, layers_of
+from penstock.backbones.dropout import Drop
+from penstock.checkpoint import Checkpoints
+from penstock.head import Head
+from penstock.keyed import key
+from penstock.mixing import Mixing
+from penstock.monitor import Measure, Monitor, eval_stream
+from penstock.schedule import Clock, knobs_of
+from penstock.streams.classes import class_names
+from penstock.streams.data import Data
+
+HEAD = 0x4EAD  # the stream of random numbers that a new head starts from
+ENOUGH = 4096  # samples that batch-norm statistics are computed anew over, where they have to be
+
+
+def start(recipe: Finetune) -> int:
+    """Finetune, then export the classifier. The exit code."""
+    return run(recipe, Finetuning(recipe))
+
+
+class Finetuning:
+    """What finetuning adds to a run (a `Stage`)."""
+
+    name = "finetune"
+
+    def __init__(self, recipe: Finetune):
+        self.recipe = recipe
+        self.mixing = recipe.mix
+        self.accuracy: Accuracy
+
+    def task(self, data: Data, clock: Clock) -> Classify:
+        recipe = self.recipe
+        classes = class_names(data)
+        options = {**recipe.backbone.options, **recipe.drop.timm_arguments(recipe.backbone.name)}
+        backbone = Backbone(recipe.backbone.model_copy(update={"options": options}))
+        backbone.model = BatchNorms(recipe.batchnorm).apply(backbone.model)
+        torch.manual_seed(key(recipe.seed, HEAD))  # the same head whatever the backbone drew
+        head = Head(recipe.head, backbone.dim, len(classes), backbone)
+        millions = sum(param.numel() for param in backbone.parameters()) / 1e6
+        self.mixing, said = recipe.mix.chosen(millions, clock.samples / clock.epoch)
+        self.transfer = TRANSFERS.get(recipe.transfer.name)(recipe.transfer)
+        pieces = Pieces(
+            backbone=backbone,
+            head=head,
+            loss=LOSSES.get(recipe.loss.name)(recipe.loss),
+            mixing=Mixing(self.mixing, recipe.seed),
+            drop=Drop(recipe.drop, backbone.model, head.drop),
+            transfer=self.transfer,
+            classes=classes,
+            mixes=self.mixing.mixup != 0 or self.mixing.cutmix != 0,
+        )
+        task = TASKS.get(recipe.task.name)(recipe.task, pieces)
+        told = [said]
+        if not Checkpoints(recipe.checkpoint, recipe.folder).found():  # else the head comes from the checkpoint
+            told.append(initialise(head, backbone, classes, lambda: self._train_images(data, backbone), recipe.seed))
+        self.transfer.prepare(task, clock)
+        if distributed.is_main():
+            print("\n".join([*filter(None, told), trained_share(task)]), flush=True)
+        return task
+
+    def opens(self, task: Classify, clock: Clock) -> dict[str, float]:
+        return self.transfer.opens(task, clock)
+
+    def knobs(self) -> dict[str, Any]:
+        drop = {f"drop_{kind}": knob for kind, knob in knobs_of(self.recipe.drop).items()}
+        return {**knobs_of(self.recipe.task), **drop, **self.mixing.knobs()}
+
+    def tags(self) -> dict[str, str]:
+        return {"arch": self.recipe.backbone.name, "method": self.recipe.task.name}
+
+    def measures(self, parts: Parts) -> list[Measure]:
+        self.accuracy = Accuracy(self.recipe.measure, parts, lambda: parts.task, self._recalibrate(parts))
+        return [self.accuracy]
+
+    def keep(self, parts: Parts, step: int) -> None:
+        self._export(parts, step, "best")
+
+    def finish(self, parts: Parts, monitor: Monitor, step: int) -> None:
+        figures: dict[str, float] = {}
+        if distributed.is_main():
+            figures = self.accuracy.report(self.recipe.folder, parts.engine.task.pieces.classes, self.recipe.seed, step)
+        figures = distributed.broadcast(figures)
+        monitor.latest |= {f"eval/{name}": value for name, value in figures.items()}
+        self._export(parts, step, "export", figures.get("temperature", 1.0))
+
+    def _recalibrate(self, parts: Parts) -> int:
+        """Samples for batch norm: what the recipe says, or enough where weights are averaged or sizes differ."""
+        recipe = self.recipe
+        if recipe.batchnorm.recalibrate is not None:
+            return recipe.batchnorm.recalibrate
+        sizes = {recipe.augment.size, float(recipe.monitor.size or parts.engine.task.backbone.size[0])}
+        moves = recipe.average.name != "none" or len(sizes) > 1
+        learns = recipe.batchnorm.mode != "frozen" and recipe.transfer.name not in ("head", "lora")
+        return min(ENOUGH, parts.train.samples) if moves and learns and layers_of(parts.engine.task.backbone) else 0
+
+    def _train_images(self, data: Data, backbone: Backbone) -> Any:
+        return eval_stream(self.recipe.monitor, data, data.train, backbone.size, distributed.device().type)
+
+    def _export(self, parts: Parts, step: int, name: str, temperature: float = 1.0) -> None:
+        from penstock.export import export_classifier
+
+        state = parts.weights()
+        if not distributed.is_main():
+            return
+        recipe = self.recipe
+        task: Any = parts.engine.task
+        size = recipe.monitor.size or task.backbone.size[0]
+        folder = export_classifier(
+            self.transfer.merged(state),
+            recipe.backbone,
+            recipe.head,
+            Path(recipe.folder) / name,
+            task.pieces.classes,
+            about={"run": recipe.name, "task": recipe.task.name, "step": step},
+            preprocessing={
+                "crop_pct": recipe.monitor.crop_pct,
+                "interpolation": "bicubic",
+                "test_input_size": [recipe.backbone.channels, size, size],
+            },
+            temperature=temperature,
+        )
+        parts.tracker.tag(name, str(folder))
+        parts.tracker.artifact(folder / "config.json")

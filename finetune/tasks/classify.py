@@ -1,0 +1,64 @@
+"""Supervised classification."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from finetune.tasks import Pieces
+from penstock.backbones.batchnorm import set_valid
+from penstock.recipe import Block
+from penstock.streams.batch import Batch
+from penstock.task import StepOutput, Task, weighted_mean
+
+
+class Classify(Task):
+    """Labels become soft targets (smoothed by the loss), images are mixed with them, logits are compared."""
+
+    class Config(Block):
+        name: Literal["classify"] = "classify"
+
+    def __init__(self, config: "Classify.Config", pieces: Pieces):
+        super().__init__()
+        self.config, self.pieces = config, _Held(pieces)
+        self.backbone, self.head = pieces.backbone, pieces.head
+
+    def before_step(self, time: float, knobs: Mapping[str, float]) -> None:
+        self.pieces.transfer.set_mode(self, time)
+        self.pieces.drop.set({name.removeprefix("drop_"): value for name, value in knobs.items() if "drop_" in name})
+
+    def forward(self, batch: Batch, knobs: Mapping[str, float]) -> StepOutput:
+        images, targets = self.mixed(batch, knobs)
+        logits = self.logits(images, batch.weights)
+        return self.output(logits, targets, self.pieces.loss(logits, targets), batch)
+
+    def mixed(self, batch: Batch, knobs: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+        """Normalised images [B, C, H, W] and soft targets [B, K], mixed alike."""
+        pieces = self.pieces
+        targets = pieces.loss.targets(batch.labels, len(pieces.classes))
+        images = self.backbone.normalize(batch.views[0])
+        return pieces.mixing(images, targets, batch.positions, batch.weights, knobs, batch.begin)
+
+    def logits(self, images: Tensor, weights: Tensor | None = None) -> Tensor:
+        """fp32 [B, K]; images of weight 0 do not count in batch statistics."""
+        set_valid(self, weights)
+        return self.head(self.backbone(images))
+
+    def output(self, logits: Tensor, targets: Tensor, losses: Tensor, batch: Batch) -> StepOutput:
+        """The mean loss, and how often the answer is the class with the largest share of the target."""
+        right = logits.detach().argmax(1) == targets.argmax(1)
+        name = "top1_mixed" if self.pieces.mixes else "top1"  # on mixed images it says little of the others
+        metrics = {name: 100 * weighted_mean(right.float(), batch.weights)}
+        return StepOutput(weighted_mean(losses, batch.weights), batch.weights.sum(), metrics)
+
+    @torch.no_grad()
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        return {}
+
+
+class _Held:
+    """Modules in here are not submodules of who holds it."""
+
+    def __init__(self, pieces: Pieces):
+        self.__dict__.update(vars(pieces))
