@@ -19,7 +19,7 @@ stage work; only seed, duration, batch, data, augment and mix are read."""
 
 def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     augment = subparsers.add_parser("augment", help="look at what a recipe shows its network")
-    commands = augment.add_subparsers(required=True, metavar="COMMAND")
+    commands = augment.add_subparsers(required=True, metavar="COMMAND", parser_class=_OverridesAnywhere)
     show = commands.add_parser("show", help="draw a sheet of augmented images", description=DESCRIPTION)
     add = show.add_argument
     add("recipe", metavar="RECIPE", help="a YAML file, such as those in configs/")
@@ -29,6 +29,16 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     add("--views", metavar="N", type=_count, default=6, help="times each sample is shown (6)")
     add("--epoch", metavar="N", type=int, default=0, help="the epoch to begin at, counted from 0")
     show.set_defaults(run=_show)
+
+
+class _OverridesAnywhere(argparse.ArgumentParser):
+    """argparse takes what stands before the first option alone; key=value may follow one, too."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, rest = super().parse_known_args(args, namespace)
+        late = [word for word in rest if "=" in word and not word.startswith("-")]
+        found.overrides = [*found.overrides, *late]
+        return found, [word for word in rest if word not in late]
 
 
 def _count(text: str) -> int:
