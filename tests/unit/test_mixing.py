@@ -216,6 +216,15 @@ def test_draws_differ_by_seed_sample_and_batch():
     assert len(batch.diagonal().unique()) == 1 and len(first.diagonal().unique()) == 8
 
 
+def test_autocast_changes_nothing():
+    generator = torch.Generator().manual_seed(0)
+    images, targets = torch.randn(8, 3, 9, 9, generator=generator), torch.rand(8, 4, generator=generator)
+    plain = mix(images, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = mix(images, targets)
+    assert all(torch.equal(a, b) for a, b in zip(plain, under, strict=True))
+
+
 def test_prob_and_switch_are_shares_of_the_samples():
     count = 4000
     images, targets = torch.randn(count, 1, 8, 8), torch.eye(2).repeat_interleave(count // 2, 0)
