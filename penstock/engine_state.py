@@ -75,6 +75,12 @@ class Masters:
                     param._hp_mapping.set_optim_state_fragment(flat, held)  # type: ignore[attr-defined]
                     param.set_full_hp_param(value.to(flat.device), key)  # type: ignore[attr-defined]
 
+    def forget(self) -> None:
+        """Drop the optimizer's state, as it is before the first step."""
+        self.optimizer.state.clear()
+        if self.stage in (1, 2):
+            self.zero._hp_optimizer_states_linked = False
+
     def _whole(self, param: nn.Parameter) -> Tensor:
         if self.stage < 3:
             return param.detach()
