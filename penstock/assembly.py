@@ -30,7 +30,6 @@ from penstock.tracking import Tracker
 from penstock.trainer import Run, fit
 
 INIT = 0x1417  # the stream of random numbers that weights start from
-COARSE = 32  # pixels; sizes of large images that follow a curve are multiples of it, so that there are few
 
 
 @dataclass
@@ -175,16 +174,9 @@ def _stream(recipe: Recipe, clock: Clock, backbone: Backbone) -> TrainStream:
         seed=recipe.seed,
         clock=clock,
         device_type=distributed.device().type,
-        size_multiple=_size_multiple(backbone),
+        size_multiple=backbone.size_multiple,
         growth=recipe.batch_growth,
     )
-
-
-def _size_multiple(backbone: Backbone) -> int:
-    """What sizes that follow a curve are rounded to: the patch, or few sizes for other networks."""
-    if backbone.patch:
-        return max(backbone.patch)
-    return COARSE if min(backbone.size) >= 4 * COARSE else COARSE // 8
 
 
 def _tracker(recipe: Recipe, data: Data, stage: Stage) -> Tracker:

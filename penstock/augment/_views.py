@@ -1,5 +1,6 @@
 """What a run's network sees of some samples: keyed by seed, position and view as in training."""
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from pydantic import Field
 from penstock.augment import AUGMENTATIONS
 from penstock.errors import InputError
 from penstock.mixing import Mixing
-from penstock.recipe import Block, one_of
+from penstock.recipe import Block, Source, check, one_of
 from penstock.schedule import Clock, Duration, value_at
 from penstock.streams.batch import Batch
 from penstock.streams.data import Data
@@ -32,9 +33,11 @@ class Shown(Block):
     seed: int = Field(0, ge=0)
     duration: Duration
     batch: int = Field(gt=0)
+    batch_growth: float = Field(1.0, ge=1)
     data: Data.Config
     augment: one_of("penstock.augment")  # type: ignore[valid-type]
     mix: Mixing.Config | None = None
+    backbone: Any = Field(None, description="as written: what sizes on a curve are rounded to depends on it")
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,10 @@ class Viewer:
             world=1,
             seed=recipe.seed,
             clock=self.clock,
+            size_multiple=_size_multiple(recipe),
+            growth=recipe.batch_growth,
         )
+        self._begins = [0]
         self.round = self.stream.part.round  # positions in an epoch, or in as many as a sample is repeated
 
     def first_positions(self, epoch: int, count: int) -> list[int]:
@@ -105,26 +111,29 @@ class Viewer:
                 yield View(None, position, number, batch.faults[0]["reason"])
 
     def knobs(self, position: int) -> dict[str, float]:
-        return self.stream.knobs_at(self._step(position) * self.recipe.batch)
+        """The augmentation's knobs for the step that a position belongs to."""
+        return self.stream.knobs_at(self._begin(position))
 
     def mixed(self, epoch: int, count: int) -> list[tuple[View, list[str]]]:
         """The first `count` mixed images of an epoch's first whole batch, each with its soft target's parts in words.
 
         Sample i of B is mixed with i + B // 2, so half of what is asked for is taken from each half of the batch.
         """
-        mix, size, half = self.recipe.mix, self.recipe.batch, (count + 1) // 2
+        mix = self.recipe.mix
         if mix is None:
             return []
         if not self.stream.classes:
             raise InputError(f"mix: {self.recipe.data.train} has no classes to mix; set mix=null")
-        step = self._step(epoch * self.round + size - 1)
-        half = min(half, size // 2)
-        firsts = step * size + np.arange(half, dtype=np.int64)
+        begin = self._begin(epoch * self.round)
+        if begin < epoch * self.round:
+            begin += self.stream.batch_at(begin)
+        size = self.stream.batch_at(begin)
+        firsts = begin + np.arange(min((count + 1) // 2, size // 2), dtype=np.int64)
         batch = self._batch(np.concatenate([firsts, firsts + size // 2]))
         targets = F.one_hot(batch.labels.clamp(min=0), len(self.stream.classes)).float()
-        values = {name: value_at(knob, step, self.clock) for name, knob in mix.knobs().items()}
+        values = {name: value_at(knob, begin / self.recipe.batch, self.clock) for name, knob in mix.knobs().items()}
         images, targets = Mixing(mix, self.recipe.seed)(
-            batch.views[0].float(), targets, batch.positions, batch.weights, values, batch_key=step
+            batch.views[0].float(), targets, batch.positions, batch.weights, values, batch_key=begin
         )
         pixels = images.round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
         return [
@@ -136,8 +145,13 @@ class Viewer:
     def _samples(self) -> int:
         return self.stream.part.samples
 
-    def _step(self, position: int) -> int:
-        return position // self.recipe.batch
+    def _begin(self, position: int) -> int:
+        """The first position of the step that a position belongs to."""
+        if self.recipe.batch_growth == 1:
+            return position // self.recipe.batch * self.recipe.batch
+        while self._begins[-1] <= position:
+            self._begins.append(self._begins[-1] + self.stream.batch_at(self._begins[-1]))
+        return self._begins[bisect_right(self._begins, position) - 1]
 
     def _locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         part = self.stream.part
@@ -145,8 +159,8 @@ class Viewer:
         return shards, part.numbers(shards, samples)
 
     def _batch(self, positions: np.ndarray) -> Batch:
-        step = self._step(int(positions[0]))
-        micro = Micro(positions, *self._locate(positions), self.knobs(int(positions[0])), step)
+        # The number of the step, which nothing here depends on, is left at 0.
+        micro = Micro(positions, *self._locate(positions), self.knobs(int(positions[0])), step=0)
         return assemble(micro, self.stream.images, self.stream.augment, self.recipe.seed)
 
     def _in_words(self, target: torch.Tensor) -> list[str]:
@@ -154,6 +168,17 @@ class Viewer:
         names: Any = self.stream.classes
         told = zip(shares.tolist(), classes.tolist(), strict=True)
         return [f"{share:.2f} {names[label]}" for share, label in told if share > LEAST]
+
+
+def _size_multiple(recipe: Shown) -> int:
+    """Of the backbone, which is built for it, without its weights, where the size follows a curve."""
+    if isinstance(recipe.augment.size, (int, float)) or recipe.backbone is None:
+        return 1
+    from penstock.backbones import Backbone
+
+    block = {"name": recipe.backbone} if isinstance(recipe.backbone, str) else {**recipe.backbone, "weights": None}
+    with torch.device("meta"):
+        return Backbone(check(Backbone.Config, Source(values=block))).size_multiple
 
 
 def _codes(shards: np.ndarray, samples: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from penstock.backbones.weights import Report
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+COARSE = 32  # pixels; sizes of large images that follow a curve are multiples of it, so that there are few
 # timm arguments that Backbone.Config's own fields set.
 _OWN = {"img_size": "size", "in_chans": "channels", "global_pool": "pool", "num_classes": None, "pretrained": "weights"}
 
@@ -136,6 +137,13 @@ class Backbone(nn.Module):
             from penstock.backbones.weights import load_weights
 
             self.loaded = load_weights(self.model, Path(str(config.weights)).expanduser(), self.size, config.match)
+
+    @property
+    def size_multiple(self) -> int:
+        """What sizes that follow a curve are rounded to, in pixels: the patch, or few sizes for other networks."""
+        if self.patch:
+            return max(self.patch)
+        return COARSE if min(self.size) >= 4 * COARSE else COARSE // 8
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 [B, C, H, W] to fp32: (images / 255 - mean) / std, as one multiplication and addition."""

@@ -22,6 +22,13 @@ from penstock.streams.train import TrainStream
 from tests.shards import damage, key_of, write_set
 
 SAMPLES, BATCH = 24, 8
+VIT = {
+    "name": "vit_tiny_patch16_224",
+    "size": 16,
+    "options": {"patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2},
+    "weights": "on another machine",
+}
+GROWING = {"augment": {"name": "crop_flip", "size": {"name": "linear", "start": 8, "end": 16}}, "batch_growth": 3}
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +67,8 @@ def trained(recipe: Shown, steps: int, samples: int = SAMPLES) -> dict[int, tupl
         world=1,
         seed=recipe.seed,
         clock=Clock.of(recipe.duration, recipe.batch, samples),
+        size_multiple=4 if recipe.backbone else 1,
+        growth=recipe.batch_growth,
     )
     served, batches = {}, stream.batches(since=0)
     for _ in range(steps):
@@ -74,10 +83,11 @@ def trained(recipe: Shown, steps: int, samples: int = SAMPLES) -> dict[int, tupl
     [
         {},
         {"augment": {"name": "simclr", "size": 16}},
+        {"backbone": VIT, **GROWING},
         {"data": {"repeats": 3}},
         {"data": {"labels": "1 per class", "repeats": 2}},
     ],
-    ids=["curves", "two views", "repeats", "few labels"],
+    ids=["curves", "two views", "growing", "repeats", "few labels"],
 )
 def test_the_views_are_those_of_training(stored, blocks):
     if "data" in blocks:
@@ -112,7 +122,7 @@ def test_mixed_images_are_those_of_the_whole_batch(stored, mode, epoch):
     images = torch.stack([served[position][1][0] for position in whole.tolist()]).float()
     labels = torch.tensor([int(served[position][0].removeprefix("sample")) % 10 for position in whole.tolist()])
     images, targets = Mixing(recipe.mix, recipe.seed)(
-        images, F.one_hot(labels, 10).float(), whole, torch.ones(BATCH), mix | {"mix_prob": 1.0}, batch_key=step
+        images, F.one_hot(labels, 10).float(), whole, torch.ones(BATCH), mix | {"mix_prob": 1.0}, batch_key=step * BATCH
     )
     mixed = Viewer(recipe).mixed(epoch, 6)
     assert len(mixed) == 6
@@ -133,7 +143,7 @@ def run(folder: Path, tmp_path: Path, *arguments: str, **blocks: Any) -> tuple[i
 
 
 def test_the_sheet_shows_the_views(stored, tmp_path):
-    code, path = run(stored, tmp_path, "--epoch", "1", backbone={"name": "of some stage"}, method={"name": "mae"})
+    code, path = run(stored, tmp_path, "--epoch", "1", backbone=VIT, method={"name": "mae"})
     assert code == DONE
     sheet = Image.open(path)
     assert sheet.size == (5 * (CELL + MARGIN) + MARGIN, 3 * (CELL + 2 * LINE + MARGIN) + MARGIN)
