@@ -95,7 +95,7 @@ class Awkward(nn.Module):
         self.case = case
         self.first, self.second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
         self.norm, self.other = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
-        if case == "tied weights":
+        if case.startswith("tied"):
             self.second.weight = self.first.weight
 
     def forward(self, x):
@@ -121,11 +121,12 @@ class Awkward(nn.Module):
             return self.norm(made) + self.second(x)
         if self.case == "not next":
             return self.norm(made * 2)
-        return self.norm(x)  # no convolution before it
+        return self.norm(x if self.case == "none before" else made)
 
 
 CASES = ["standardised weight", "one dimension short", "read twice", "two norms", "returned as well"]
-CASES += ["changed in place", "convolution twice", "norm twice", "tied weights", "not next", "none before"]
+CASES += ["changed in place", "convolution twice", "norm twice", "tied weights", "tied to one that rests"]
+CASES += ["not next", "none before"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -135,6 +136,11 @@ def test_what_cannot_be_folded_is_left_alone(case):
     assert fold_batchnorm(model, torch.randn(1, 3, 4, 4)) == []
     assert model.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_channels_that_are_not_the_layers_outputs_are_left_alone():
+    model = _stirred(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))  # [B, 3, 3]: normalised over the tokens
+    assert fold_batchnorm(model, torch.randn(2, 3, 4)) == []
 
 
 def test_a_model_that_is_more_than_it_shows_is_refused():
