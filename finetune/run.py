@@ -30,9 +30,9 @@ HEAD = 0x4EAD  # the stream of random numbers that a new head starts from
 ENOUGH = 4096  # samples that batch-norm statistics are computed anew over, where they have to be
 
 
-def start(recipe: Finetune) -> int:
+def start(recipe: Finetune, find_lr: bool = False) -> int:
     """Finetune, then export the classifier. The exit code."""
-    return run(recipe, Finetuning(recipe))
+    return run(recipe, Finetuning(recipe), find_lr)
 
 
 class Finetuning:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from penstock import distributed
+from penstock import distributed, lr_finder
 from penstock.augment import AUGMENTATIONS
 from penstock.backbones import Backbone
 from penstock.checkpoint import Checkpoints
@@ -92,8 +92,13 @@ class Stage(Protocol):
         ...
 
 
-def run(recipe: Recipe, stage: Stage) -> int:
-    """Train to the end, or until asked to stop; the exit code."""
+def run(recipe: Recipe, stage: Stage, find_lr: bool = False) -> int:
+    """Train to the end, or until asked to stop, or only look for a learning rate; the exit code."""
+    if find_lr and Checkpoints(recipe.checkpoint, recipe.folder).found():
+        raise InputError(
+            f"--find-lr tries rates on a run that has not begun, and {recipe.folder} holds checkpoints; "
+            "give another name (name=...)"
+        )
     stop = Stop(recipe.folder)
     stop.listen()
     data = Data(recipe.data, recipe.seed)
@@ -135,6 +140,10 @@ def run(recipe: Recipe, stage: Stage) -> int:
             clock,
             scale={"lr": recipe.optim.peak},
         )
+        if find_lr:
+            lr_finder.report(lr_finder.find_lr(engine, stream, curves, seed=recipe.seed), recipe.folder, tracker)
+            tracker.close("KILLED")
+            return DONE
         finished, step = fit(
             Run(
                 engine=engine,

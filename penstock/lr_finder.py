@@ -120,6 +120,7 @@ def find_lr(
 def _step(engine: Engine, batches: Iterator[Any], knobs: dict[str, float], seed: int) -> float:
     """One optimizer step; the mean loss over the valid samples of all ranks, NaN where the step was skipped."""
     engine.set(knobs, 0.0)
+    engine.task.before_step(0.0, knobs)
     parts = [next(batches) for _ in range(engine.accumulation)]
     engine.begin(torch.stack([part.weights.sum() for part in parts]).sum())
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)

@@ -107,7 +107,7 @@ class Recipe(Block):
         return self.out / self.name
 
 
-Start = Callable[[Any], int]
+Start = Callable[[Any, bool], int]  # a checked recipe, and whether only to look for a learning rate
 
 
 def main(stage: str, model: type[Recipe], start: Start, argv: Sequence[str] | None = None) -> int:
@@ -121,6 +121,9 @@ def main(stage: str, model: type[Recipe], start: Start, argv: Sequence[str] | No
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's")
     parser.add_argument("--check", action="store_true", help="only say whether the recipe can run")
     parser.add_argument("--explain", action="store_true", help="print every value and where it came from")
+    parser.add_argument(
+        "--find-lr", action="store_true", help="only try learning rates on the run's first images, and suggest one"
+    )
     parser.add_argument("--help", "-h", action="store_true", help="this text, and everything a recipe can set")
     args = parser.parse_intermixed_args(argv)
     try:
@@ -137,7 +140,7 @@ def main(stage: str, model: type[Recipe], start: Start, argv: Sequence[str] | No
             print(f"{args.recipe}: good. {recipe.name}: {recipe.duration} in batches of {recipe.batch}")
             for absent in data_is_here(recipe):
                 print(f"but {absent}")
-        return DONE if looking else _exit(start(recipe))
+        return DONE if looking else _exit(start(recipe, args.find_lr))
     except InputError as error:
         return _exit(INPUT_WRONG, f"{stage}: {error}")
     except RunFailed as error:

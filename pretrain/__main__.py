@@ -6,10 +6,10 @@ from penstock.stage import main
 from pretrain.recipe import Pretrain
 
 
-def start(recipe: Pretrain) -> int:
+def start(recipe: Pretrain, find_lr: bool = False) -> int:
     from pretrain.run import start as run  # torch, timm and DeepSpeed load when a recipe is known to be good
 
-    return run(recipe)
+    return run(recipe, find_lr)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from penstock.task import Task
 from pretrain.recipe import METHODS, Pretrain
 
 
-def start(recipe: Pretrain) -> int:
+def start(recipe: Pretrain, find_lr: bool = False) -> int:
     """Pretrain, then export the backbone. The exit code."""
-    return run(recipe, Pretraining(recipe))
+    return run(recipe, Pretraining(recipe), find_lr)
 
 
 class Pretraining:
