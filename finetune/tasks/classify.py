@@ -1,9 +1,8 @@
 """Supervised classification."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from finetune.tasks import Pieces
@@ -19,9 +18,9 @@ class Classify(Task):
     class Config(Block):
         name: Literal["classify"] = "classify"
 
-    def __init__(self, config: "Classify.Config", pieces: Pieces):
+    def __init__(self, config: Any, pieces: Pieces):
         super().__init__()
-        self.config, self.pieces = config, _Held(pieces)
+        self.config, self.pieces = config, Apart(**vars(pieces))
         self.backbone, self.head = pieces.backbone, pieces.head
 
     def before_step(self, time: float, knobs: Mapping[str, float]) -> None:
@@ -52,13 +51,15 @@ class Classify(Task):
         metrics = {name: 100 * weighted_mean(right.float(), batch.weights)}
         return StepOutput(weighted_mean(losses, batch.weights), batch.weights.sum(), metrics)
 
-    @torch.no_grad()
-    def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        return {}
 
+class Apart:
+    """Holds what a task uses and is no part of it: not of its weights, of checkpoints, or of averaged copies."""
 
-class _Held:
-    """Modules in here are not submodules of who holds it."""
+    def __init__(self, **held: Any):
+        self.__dict__.update(held)
 
-    def __init__(self, pieces: Pieces):
-        self.__dict__.update(vars(pieces))
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Apart":
+        return self
