@@ -23,6 +23,11 @@ def _many() -> bool:
     return distributed.started() and dist.get_world_size() > 1
 
 
+def _recomputing() -> bool:
+    """In a backward pass: activation checkpointing runs a forward again, whose batch was counted before."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def _to(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if values is None else values.to(dtype)
 
@@ -157,7 +162,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         wide = torch.promote_types(x.dtype, torch.float32)
         weight, bias = _to(self.weight, wide), _to(self.bias, wide)
         mean, var = (self.running_mean, self.running_var) if self.training else (None, None)
-        share = self._share(1) if mean is not None else 0.0
+        share = 0.0 if mean is None or _recomputing() else self._share(1)
         y, batch_mean, _ = torch.native_batch_norm(x, weight, bias, mean, var, True, share, self.eps)
         if self.training:
             self.batch_mean, self.batch_samples = batch_mean.detach(), len(x)
@@ -185,7 +190,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     @torch.no_grad()
     def _update_running(self, count: Tensor, mean: Tensor, var: Tensor) -> None:
-        if self.running_mean is None or self.running_var is None:
+        if self.running_mean is None or self.running_var is None or _recomputing():
             return
         counted = (count > 0).long()
         weight = self._share(counted) * counted.to(self.running_mean.dtype)  # no sample: the statistics stay

@@ -1,6 +1,7 @@
 """Synchronised batch normalisation against torch's, in one process, on the concatenated valid rows, in float64."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,15 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from penstock.backbones.batchnorm import BatchNorm, BatchNorms, average_statistics, convert, layers_of, set_valid
 from penstock.backbones.batchnorm_health import BatchNormHealth, batchnorm_health
+from penstock.engine import Engine
+from penstock.optim import Optim
+from penstock.streams.batch import Batch
+from penstock.task import StepOutput, Task, weighted_mean
+from tests.toy import toy_batch
 
 SHAPES = {"vectors": (8, 3), "maps": (8, 3, 4, 5)}
 
@@ -334,3 +341,67 @@ def test_compiled_steps_keep_statistics():
         torch.testing.assert_close(model(x), twin(x))
     torch.testing.assert_close(model[1].running_var, twin[1].running_var)
     assert _health_of(model) == _health_of(twin)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_counts_a_batch_once(masked, reentrant):
+    plain = convert(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)))
+    twin = copy.deepcopy(plain)
+    x = torch.randn(8, 3, requires_grad=True)
+    for model in (plain, twin):
+        set_valid(model, torch.tensor([1.0] * 7 + [0.0 if masked else 1.0]))
+    plain(x).square().sum().backward()
+    checkpoint(twin, x, use_reentrant=reentrant).square().sum().backward()
+    for (name, value), other in zip(plain.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.equal(value, other), name
+    for one, other in zip(plain.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+class Normed(Task):
+    """The smallest task with a convolution and a batch norm."""
+
+    def __init__(self, mode: str):
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = nn.Module()  # type: ignore[assignment]
+        net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+        self.net = BatchNorms(BatchNorms.Config(mode=mode)).apply(net)  # type: ignore[arg-type]
+
+    def forward(self, batch: Batch, knobs: Mapping[str, float]) -> StepOutput:
+        set_valid(self, batch.weights)
+        out = self.net((batch.views[0] / 255).to(self.net[0].weight.dtype))  # type: ignore[index]
+        return StepOutput(weighted_mean(out.float().square().sum(1), batch.weights), batch.weights.sum())
+
+
+def _engine_steps(rank: int, world: int, precision: str, mode: str) -> tuple[dict[str, np.ndarray], set[str], float]:
+    task = Normed(mode)
+    config = Engine.Config(zero=1, precision=precision)  # type: ignore[arg-type]
+    engine = Engine(task, Optim(Optim.Config(lr=0.1, name="sgd")).build(task, 8), config, 4)
+    for step in range(3):
+        batch = toy_batch(torch.arange(8 * step + 4 * rank, 8 * step + 4 * rank + 4), bad=(5, 6))
+        engine.set({"lr": 0.1, "weight_decay": 0.0})
+        engine.begin(batch.weights.sum())
+        engine.backward(engine.forward(batch, {}))
+        assert engine.step().applied
+    average_statistics(task)
+    layer: Any = layers_of(task)["net.1"]
+    dtypes = {str(layer.running_mean.dtype), str(layer.running_var.dtype)}
+    gap = batchnorm_health(task).rank_gap  # type: ignore[union-attr]
+    return {name: value.numpy() for name, value in engine.weights().items()}, dtypes, gap
+
+
+@pytest.mark.parametrize("mode", ["sync", "local", "frozen"])
+def test_engine_in_every_precision(ranks, mode):
+    found = {p: ranks(2).run(_engine_steps, p, mode) for p in ("fp32", "bf16", "bf16_pure")}
+    for precision, parts in found.items():
+        for weights, dtypes, gap in parts:
+            assert dtypes == {"torch.float32"} and gap == 0
+            for name, value in weights.items():
+                np.testing.assert_array_equal(value, parts[0][0][name])
+                if "num_batches" not in name:
+                    near = found["fp32"][0][0][name]
+                    np.testing.assert_allclose(value, near, atol=0.05, err_msg=f"{precision} {name}")
+        moved = not np.array_equal(parts[0][0]["net.1.running_var"], np.ones(4))
+        assert moved == (mode != "frozen")
