@@ -80,8 +80,8 @@ def _cell(viewer: "Viewer", view: "View") -> "Cell":
     knobs = viewer.knobs(view.position)
     number = f", view {view.number}" if viewer.stream.augment.views > 1 else ""
     strength = f", strength {knobs['strength']:.2g}" if "strength" in knobs else ""
-    where = f"epoch {view.position // viewer.round}, position {view.position}{number}"
-    return Cell(view.pixels, (where, f"{knobs['size']:.0f} px{strength}"), view.reason)
+    where = f"epoch {view.position // viewer.round}, position {view.position}"
+    return Cell(view.pixels, (where, f"{knobs['size']:.0f} px{strength}{number}"), view.reason)
 
 
 def _mixed(viewer: "Viewer", epoch: int, columns: int) -> Iterator["Row"]:

@@ -56,7 +56,7 @@ class Viewer:
     def __init__(self, recipe: Shown):
         self.recipe = recipe
         augment = AUGMENTATIONS.get(recipe.augment.name)(recipe.augment)
-        data = recipe.data.model_copy(update={"cache": "none"})
+        data = recipe.data.model_copy(update={"val": None, "cache": "none"})
         samples = Data(data, recipe.seed).part.samples
         self.clock = Clock.of(recipe.duration, recipe.batch, samples)
         self.stream = TrainStream(

@@ -41,7 +41,7 @@ def values(folder: Path, **blocks: Any) -> dict[str, Any]:
         "seed": 3,
         "duration": "4 epochs",
         "batch": BATCH,
-        "data": {"train": str(folder), "workers": 0},
+        "data": {"train": str(folder), "val": "on another machine", "workers": 0},
         "augment": {
             "name": "standard",
             "policy": "randaugment",
