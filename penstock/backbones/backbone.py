@@ -124,13 +124,16 @@ class Backbone(nn.Module):
             self.register_buffer(name, torch.tensor(config.per_channel(values)), persistent=False)
         self._prefix = getattr(self.model, "num_prefix_tokens", 0)
         self._channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
+        self.kind: Literal["tokens", "map"] = "tokens"
         features = self._probe()
         self.dim = features.pooled.shape[1]
-        self.kind: Literal["tokens", "map"] = "tokens" if features.spatial.ndim == 3 else "map"
+        self.kind = "tokens" if features.spatial.ndim == 3 else "map"
         self.spatial_dim = features.spatial.shape[2 if self.kind == "tokens" else 1]
         choose_attention(
             self.model, features.spatial.shape[1] if self.kind == "tokens" else features.spatial[0, 0].numel()
         )
+        if self.kind == "map":  # convolutions are a fifth to a third faster, on CPUs and on tensor cores
+            self.model.to(memory_format=torch.channels_last)
         patch = getattr(getattr(self.model, "patch_embed", None), "patch_size", None)
         self.patch: tuple[int, int] | None = tuple(patch) if patch is not None and self.kind == "tokens" else None
         if config.weights not in (None, "timm"):
@@ -154,6 +157,8 @@ class Backbone(nn.Module):
         """Features of uint8 images, or of float images that are normalised already, [B, C, H, W]."""
         if images.dtype == torch.uint8:
             images = self.normalize(images)
+        if self.kind == "map":
+            images = images.contiguous(memory_format=torch.channels_last)
         hidden = self.model.forward_features(images.to(next(self.model.parameters()).dtype))
         pooled = self.model.forward_head(hidden, pre_logits=True)
         if hidden.ndim == 3:
@@ -192,6 +197,13 @@ def _create(config: Backbone.Config) -> Any:
         raise InputError(f"backbone.options do not fit {config.name}: {error}") from error
     except (AssertionError, ValueError) as error:
         raise InputError(f"timm cannot make {config.name} with {config.options}: {error}") from error
+    except RuntimeError as error:  # weights that lack a part which the options add
+        if config.weights != "timm":
+            raise
+        raise InputError(
+            f"timm's weights of {config.name} do not fit the options {config.options}: {error}; give their file, whose "
+            "missing tensors are reported, or take out options"
+        ) from error
     except OSError as error:
         raise InputError(f"timm's weights of {config.name} cannot be fetched: {error}; give a local file") from error
     return _with_pool(model, config)
