@@ -65,8 +65,8 @@ class RangeTest:
     def __str__(self) -> str:
         if self.valley is None or self.steep is None:
             return f"no learning rate from {self.rates[0]:.1e} to {self.rates[-1]:.1e} makes the loss fall"
-        end = f"it diverges at {self.rates[-1]:.1e}" if self.diverged else f"up to {self.rates[-1]:.1e} it is stable"
-        return f"suggested peak rate: {self.valley:.1e} (longest descent) to {self.steep:.1e} (steepest); {end}"
+        end = f"diverges at {self.rates[-1]:.1e}" if self.diverged else f"stable up to {self.rates[-1]:.1e}"
+        return f"suggested peak rate: {self.valley:.1e} (longest descent), {self.steep:.1e} (steepest); {end}"
 
 
 def find_lr(
@@ -172,7 +172,7 @@ def draw(test: RangeTest) -> Tensor:
         if rate is not None:
             height = test.smooth[test.rates.index(rate)]
             axes.plot([rate], [height], "o", color=color, markersize=9, label=f"{name}: {rate:.1e}")
-    low, high = min(test.smooth), max(test.smooth[0], test.smooth[len(test.smooth) // 10])
+    low, high = min(test.smooth + test.losses), max(test.smooth[: len(test.smooth) // 10 + 1])
     axes.set_ylim(low - 0.1 * (high - low), high + 0.5 * (high - low))  # not the explosion at the end
     axes.set(xscale="log", xlabel="learning rate", ylabel="loss", title="Learning-rate range test")
     axes.legend(frameon=False)
