@@ -22,8 +22,9 @@ class Launcher(Protocol):
 class Local:
     """`python -m launch local` as a child."""
 
-    def __init__(self, procs: int | None = None):
-        self.options = ["--procs", str(procs)] if procs else []
+    def __init__(self, procs: int | None = None, threads: int | None = None):
+        given = {"--procs": procs, "--threads": threads}
+        self.options = [word for option, value in given.items() if value for word in (option, str(value))]
         self._child: subprocess.Popen[bytes] | None = None
         self._stopping = False
 

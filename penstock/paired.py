@@ -93,7 +93,7 @@ class Comparison:
 
     def __init__(self, runs: Mapping[str, Predictions], resamples: int = 2000, seed: int = 0):
         same_images(runs)
-        self._rng = np.random.default_rng(seed)
+        self._seed, self._rng = seed, np.random.default_rng(seed)
         terms = {name: predictions.terms() for name, predictions in runs.items()}
         self._right = {name: rows[0] > 0.5 for name, rows in terms.items()}
         n = len(next(iter(self._right.values())))
@@ -128,12 +128,13 @@ class Comparison:
         )  # [seeds, resamples]
         mean = float(at_hand.mean())
         over_images = resampled.mean(0) - resampled.mean()  # centred, as a resample's calibration error is biased
-        draws = over_images[self._rng.integers(0, over_images.size, DRAWS)]
+        rng = np.random.default_rng([self._seed, 1])  # alike for every effect, so equal pairs have equal intervals
+        draws = over_images[rng.integers(0, over_images.size, DRAWS)]
         if seeds > 1:
             total = over_images.var()
             within = (resampled.var(1).mean() - total) / (seeds - 1)
             shared = min(max(1 - within / total, 0.0), 1.0) if total > 0 else 0.0
-            of_seeds = np.sqrt(at_hand.var(ddof=1) / seeds) * self._rng.standard_t(seeds - 1, DRAWS)
+            of_seeds = np.sqrt(at_hand.var(ddof=1) / seeds) * rng.standard_t(seeds - 1, DRAWS)
             draws = draws * np.sqrt(shared) + of_seeds
         low, high = np.quantile(draws, (0.025, 0.975))
         return Effect(mean, mean + float(low), mean + float(high), seeds)

@@ -30,6 +30,7 @@ def add_command(ways: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant, with seeds from the recipe's on")
     parser.add_argument("--procs", type=int, default=None, help="ranks of each run, as of `launch local`")
+    parser.add_argument("--threads", type=int, default=None, help="threads of each rank, as of `launch local`")
     parser.add_argument("--metric", choices=["top1", "ece", "nll"], default="top1", help="what the table is about")
     half = parser.add_mutually_exclusive_group()
     half.add_argument(f"--{LEAVE_ONE_OUT}", dest="kinds", action="store_const", const=(LEAVE_ONE_OUT,), default=KINDS)
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
             raise InputError(f"what is {unknown[0]!r}? Options are in --help; values of the recipe are key=value")
         if args.seeds < 1:
             raise InputError("--seeds is at least 1; intervals over seeds need at least 2, and 3 or more to be narrow")
-        return ablate(args, [*args.overrides, *rest], Local(args.procs))
+        return ablate(args, [*args.overrides, *rest], Local(args.procs, args.threads))
     except InputError as error:
         print(f"ablate: {error}", file=sys.stderr)
         return INPUT_WRONG

@@ -94,7 +94,7 @@ def run(monkeypatch, recipe, tmp_path):
     before = {number: signal.getsignal(number) for number in ablate.SIGNALS}
 
     def call(launcher: Fake, *words: str) -> int:
-        monkeypatch.setattr(ablate, "Local", lambda procs: launcher)
+        monkeypatch.setattr(ablate, "Local", lambda procs, threads: launcher)
         monkeypatch.setattr(sys, "argv", ["launch", "ablate", str(recipe), *words, f"out={tmp_path / 'runs'}"])
         return command_line.main()
 
