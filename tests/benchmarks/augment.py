@@ -4,8 +4,8 @@
 
 IMAGES is a folder of JPEG files, at any depth. Both sides begin with the decoded image (ours an array, theirs a PIL
 image) and end with uint8 planes; the one with erasing ends, on their side, with normalised floats, as timm erases
-those. They take turns: a round is a pass of each over the same images, and the CPU seconds of a round are compared. Every
-image has its own seed on both sides.
+those. They take turns: a round is a pass of each over the same images, and the CPU seconds of a round are compared.
+Every image has its own seed on both sides.
 """
 
 import argparse
