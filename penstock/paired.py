@@ -9,7 +9,7 @@ Calibration error is the one of Guo et al. 2017, which few images make look larg
 what is measured on as many images.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ BINS = 15  # of confidence, equally wide, as in Guo et al. 2017
 METRICS = ("top1", "ece", "nll")
 PERCENT = {"top1": 100.0, "ece": 100.0, "nll": 1.0}  # top-1 and calibration error are given in per cent, nll in nats
 CHUNK = 100  # resamples of the images held in memory at once
-DRAWS = 200_000  # of the distribution that the limits are read from
+DRAWS = 50_000  # of the distribution that the limits are read from
 
 Array = NDArray[Any]
 
@@ -87,18 +87,20 @@ class Comparison:
     """The metrics of runs on the same images, and on `resamples` joint resamples of those images.
 
     Args:
-        runs: predictions by the run's name. Raises InputError where two runs did not see the same images.
+        runs: names and predictions, of which one at a time is held. Raises InputError where two runs did not see the
+            same images.
         seed: of the resampling; the same runs in the same order give the same intervals.
     """
 
-    def __init__(self, runs: Mapping[str, Predictions], resamples: int = 2000, seed: int = 0):
-        same_images(runs)
+    def __init__(self, runs: Iterable[tuple[str, Predictions]], resamples: int = 2000, seed: int = 0):
         self._seed, self._rng = seed, np.random.default_rng(seed)
-        terms = {name: predictions.terms() for name, predictions in runs.items()}
+        terms = {name: predictions.terms() for name, predictions in same_images(runs)}
+        if not terms:
+            raise InputError("no run to compare has predictions")
         self._right = {name: rows[0] > 0.5 for name, rows in terms.items()}
-        n = len(next(iter(self._right.values())))
+        n = self.images
         self._value = {name: metrics(rows.sum(1, dtype=np.float64)[None] / n)[:, 0] for name, rows in terms.items()}
-        parts: dict[str, list[Array]] = {name: [] for name in runs}
+        parts: dict[str, list[Array]] = {name: [] for name in terms}
         for start in range(0, resamples, CHUNK):
             weights = self._resample(min(CHUNK, resamples - start), n)
             for name, rows in terms.items():
@@ -109,6 +111,10 @@ class Comparison:
         """How often each of n images is drawn in n draws with replacement, `count` times: [count, n]."""
         drawn = self._rng.integers(0, n, (count, n)) + np.arange(count)[:, None] * n
         return np.bincount(drawn.ravel(), minlength=count * n).reshape(count, n).astype(np.float32)
+
+    @property
+    def images(self) -> int:
+        return len(next(iter(self._right.values())))
 
     def value(self, run: str, metric: str) -> float:
         return float(self._value[run][METRICS.index(metric)])
@@ -152,17 +158,18 @@ def metrics(means: Array) -> Array:
     return np.stack([found[name].astype(np.float64) * PERCENT[name] for name in METRICS])
 
 
-def same_images(runs: Mapping[str, Predictions]) -> None:
-    if not runs:
-        raise InputError("no run to compare has predictions")
-    first, *others = runs
-    a = runs[first]
-    for other in others:
-        b = runs[other]
-        if not (np.array_equal(a.positions, b.positions) and np.array_equal(a.labels, b.labels)):
+def same_images(runs: Iterable[tuple[str, Predictions]]) -> Iterator[tuple[str, Predictions]]:
+    """The runs, each compared with the first."""
+    first: tuple[str, Array, Array, int] | None = None
+    for name, run in runs:
+        classes = run.logits.shape[1]
+        if first is None:
+            first = (name, run.positions, run.labels, classes)
+        if not (np.array_equal(first[1], run.positions) and np.array_equal(first[2], run.labels)):
             raise InputError(
-                f"{first} and {other} were measured on different validation images ({len(a.labels)} and "
-                f"{len(b.labels)}, or in another order), so their difference says nothing; use the same data.val"
+                f"{first[0]} and {name} were measured on different validation images ({len(first[2])} and "
+                f"{len(run.labels)}, or in another order), so their difference says nothing; use the same data.val"
             )
-        if a.logits.shape != b.logits.shape:
-            raise InputError(f"{first} knows {a.logits.shape[1]} classes and {other} {b.logits.shape[1]}")
+        if classes != first[3]:
+            raise InputError(f"{first[0]} knows {first[3]} classes and {name} {classes}")
+        yield name, run

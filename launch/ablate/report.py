@@ -66,9 +66,9 @@ def report(folder: Path, metric: str = "top1", resamples: int = 2000) -> Report:
         return made
     journals = {trial: read_run(path) for trial, path in done.items()}
     same_data(journals)
-    predictions = {trial.name: Predictions.load(path / PREDICTIONS) for trial, path in done.items()}
+    predictions = ((trial.name, Predictions.load(path / PREDICTIONS)) for trial, path in done.items())
     comparison = Comparison(predictions, resamples)
-    made.images = len(next(iter(predictions.values())).labels)
+    made.images = comparison.images
     for trial in done:
         figures = {name: comparison.value(trial.name, name) for name in METRICS}
         run = journals[trial]

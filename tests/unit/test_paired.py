@@ -11,6 +11,10 @@ from penstock.paired import Comparison, Predictions
 REPEATS = 300
 
 
+def compare(runs: dict[str, Predictions], *args, **options) -> Comparison:
+    return Comparison(runs.items(), *args, **options)
+
+
 def normal_cdf(x: float) -> float:
     return 0.5 * (1 + math.erf(x / math.sqrt(2)))
 
@@ -47,7 +51,7 @@ def test_the_interval_holds_the_true_effect(seeds, effect, seed_sd):
     inside, truth = 0, math.nan
     for repeat in range(REPEATS):
         runs, truth = synthetic(np.random.default_rng(repeat), seeds, effect, seed_sd)
-        found = Comparison(runs, resamples=500, seed=repeat).effect(pairs(seeds), "top1")
+        found = compare(runs, resamples=500, seed=repeat).effect(pairs(seeds), "top1")
         inside += found.low <= truth <= found.high
     assert 0.92 <= inside / REPEATS <= 0.98, f"{inside} of {REPEATS} hold {truth:.2f}"
     assert abs(truth) < 0.2 or effect != 0.034
@@ -62,7 +66,7 @@ def test_calibration_error_is_covered_too():
         return {side: Predictions(np.arange(n), labels, scale * logits) for side, scale in (("a", 1.0), ("b", 1.5))}
 
     def effect(key, resamples):
-        return Comparison(runs(np.random.default_rng(key), 2000), resamples).effect([("a", "b")], "ece")
+        return compare(runs(np.random.default_rng(key), 2000), resamples).effect([("a", "b")], "ece")
 
     truth = np.mean([effect(1000 + repeat, 1).value for repeat in range(300)])
     found = [effect(repeat, 500) for repeat in range(150)]
@@ -73,11 +77,11 @@ def test_calibration_error_is_covered_too():
 
 def test_pairing_narrows_the_interval():
     runs, _ = synthetic(np.random.default_rng(0), 1, 0.1, 0.0, n=4000)
-    paired = Comparison(runs).effect([("a0", "b0")], "top1")
+    paired = compare(runs).effect([("a0", "b0")], "top1")
     other = np.random.default_rng(1).permutation(4000)  # the same predictions, but images no longer match
     b = runs["b0"]
-    unpaired = Comparison({"a0": runs["a0"], "b0": Predictions(b.positions, b.labels, shuffled(b, other))})
-    assert unpaired.value("b0", "top1") == pytest.approx(Comparison(runs).value("b0", "top1"))
+    unpaired = compare({"a0": runs["a0"], "b0": Predictions(b.positions, b.labels, shuffled(b, other))})
+    assert unpaired.value("b0", "top1") == pytest.approx(compare(runs).value("b0", "top1"))
     wide = unpaired.effect([("a0", "b0")], "top1")
     assert paired.high - paired.low < 0.75 * (wide.high - wide.low)
 
@@ -98,7 +102,7 @@ def test_metrics_equal_those_of_torch():
     labels = rng.integers(0, 7, 501)
     logits = rng.normal(0, 2, (501, 7)).astype(np.float32)
     logits[np.arange(501), labels] += 1
-    found = Comparison({"a": Predictions(np.arange(501), labels, logits)}, resamples=2)
+    found = compare({"a": Predictions(np.arange(501), labels, logits)}, resamples=2)
     x, y = torch.from_numpy(logits), torch.from_numpy(labels)
     assert found.value("a", "top1") == pytest.approx(100 * (x.argmax(1) == y).float().mean().item())
     assert found.value("a", "nll") == pytest.approx(torch.nn.functional.cross_entropy(x, y).item(), rel=1e-5)
@@ -110,14 +114,14 @@ def test_metrics_equal_those_of_torch():
 def test_resamples_equal_a_slow_bootstrap_step():
     """One joint resample, redone image by image."""
     runs, _ = synthetic(np.random.default_rng(5), 1, 0.1, 0.0, n=50)
-    comparison = Comparison(runs, resamples=3, seed=7)
+    comparison = compare(runs, resamples=3, seed=7)
     drawn = np.random.default_rng(7).integers(0, 50, (3, 50))
     for name, run in runs.items():
         for step in range(3):
             chosen = drawn[step]
             again = Predictions(run.positions, run.labels[chosen], run.logits[chosen])
             for row, metric in enumerate(("top1", "ece", "nll")):
-                expected = Comparison({name: again}, resamples=1).value(name, metric)
+                expected = compare({name: again}, resamples=1).value(name, metric)
                 assert comparison._resampled[name][row, step] == pytest.approx(expected, rel=1e-4)
 
 
@@ -126,16 +130,16 @@ def test_flips_are_mcnemars_counts():
     right, wrong = [1.0, 0.0], [0.0, 1.0]
     a = Predictions(np.arange(4), labels, np.array([right, right, right, wrong]))
     b = Predictions(np.arange(4), labels, np.array([right, wrong, wrong, right]))
-    assert Comparison({"a": a, "b": b}, 2).flips([("a", "b")]) == (2, 1)
+    assert compare({"a": a, "b": b}, 2).flips([("a", "b")]) == (2, 1)
 
 
 def test_a_mark_means_that_zero_is_outside():
     runs, _ = synthetic(np.random.default_rng(0), 3, 1.0, 0.0)
-    comparison = Comparison(runs)
+    comparison = compare(runs)
     assert comparison.effect(pairs(3), "top1").sure
     same = comparison.effect([("a0", "a0")], "top1")
     assert (same.value, same.low, same.high, same.sure) == (0, 0, 0, False)
-    assert Comparison(runs).effect(pairs(3), "top1") == Comparison(runs).effect(pairs(3), "top1")
+    assert compare(runs).effect(pairs(3), "top1") == compare(runs).effect(pairs(3), "top1")
 
 
 @pytest.mark.parametrize(
@@ -149,7 +153,7 @@ def test_a_mark_means_that_zero_is_outside():
 def test_other_images_are_refused(change, words):
     a = {"positions": np.arange(4), "labels": np.array([0, 1, 0, 1]), "logits": np.zeros((4, 2))}
     with pytest.raises(InputError, match=words):
-        Comparison({"a": Predictions(**a), "b": Predictions(**a | change)})
+        compare({"a": Predictions(**a), "b": Predictions(**a | change)})
 
 
 @pytest.mark.parametrize(
