@@ -105,10 +105,10 @@ class Finetuning:
         recipe = self.recipe
         if recipe.batchnorm.recalibrate is not None:
             return recipe.batchnorm.recalibrate
-        sizes = {recipe.augment.size, float(recipe.monitor.size or parts.engine.task.backbone.size[0])}
-        moves = recipe.average.name != "none" or len(sizes) > 1
+        size = recipe.monitor.size or parts.engine.task.backbone.size[0]
+        moves = recipe.average.name != "none" or recipe.augment.size != size  # a curve equals no number
         learns = recipe.batchnorm.mode != "frozen" and recipe.transfer.name not in ("head", "lora")
-        return min(ENOUGH, parts.train.samples) if moves and learns and layers_of(parts.engine.task.backbone) else 0
+        return min(ENOUGH, parts.train.samples) if moves and learns and layers_of(parts.engine.task) else 0
 
     def _train_images(self, data: Data, backbone: Backbone) -> Any:
         return eval_stream(self.recipe.monitor, data, data.train, backbone.size, distributed.device().type)

@@ -30,8 +30,37 @@ checkpoint: {{every: 5 steps}}
 tracking: {{enabled: false, every: 3 steps}}
 """
 
+FINETUNE = """
+name: run
+duration: 24 steps
+batch: 32
+batch_growth: 2
+data: {{train: {digits}/train, val: {digits}/val, workers: 0, ledger: true, labels: 60%, repeats: 2}}
+augment:
+  {{name: standard, policy: none, erase: 0.25, size: {{name: step, start: 8, milestones: [8 steps], values: [16]}}}}
+backbone:
+  name: vit_tiny_patch16_224
+  size: 16
+  options: {{patch_size: 4, embed_dim: 24, depth: 2, num_heads: 2}}
+  pool: avg
+head: {{norm: batch}}
+loss: {{smoothing: 0.1}}
+mix: {{mixup: 0.8, cutmix: 1.0, mode: sample, off_for_last: 4 steps}}
+drop: {{path: {{name: linear, start: 0.05, end: 0.2}}, proj: 0.1}}
+transfer: {{name: gradual, at: [3 steps, 6 steps]}}
+optim: {{lr: 2.0e-3, layer_decay: 0.7, schedule: {{name: one_cycle}}}}
+engine: {{precision: fp32, clip: 1.0, sam: {{every: 3}}}}
+average: {{name: ema, decay: 0.9}}
+measure: {{every: 8 steps}}
+monitor: {{pictures: null}}
+checkpoint: {{every: 5 steps}}
+tracking: {{enabled: false, every: 3 steps}}
+"""
 
-def start(folder: Path, recipe: Path, *overrides: str, procs: int = 2, **environment: str) -> subprocess.Popen[str]:
+
+def start(
+    folder: Path, recipe: Path, *overrides: str, procs: int = 2, stage: str = "pretrain", **environment: str
+) -> subprocess.Popen[str]:
     """A run under the launcher, in a process group of its own."""
     command = [
         sys.executable,
@@ -42,7 +71,7 @@ def start(folder: Path, recipe: Path, *overrides: str, procs: int = 2, **environ
         str(procs),
         "--threads",
         "1",
-        "pretrain",
+        stage,
         str(recipe),
     ]
     return subprocess.Popen(
