@@ -132,8 +132,6 @@ class Backbone(nn.Module):
         choose_attention(
             self.model, features.spatial.shape[1] if self.kind == "tokens" else features.spatial[0, 0].numel()
         )
-        if self.kind == "map":  # convolutions are a fifth to a third faster, on CPUs and on tensor cores
-            self.model.to(memory_format=torch.channels_last)
         patch = getattr(getattr(self.model, "patch_embed", None), "patch_size", None)
         self.patch: tuple[int, int] | None = tuple(patch) if patch is not None and self.kind == "tokens" else None
         if config.weights not in (None, "timm"):
@@ -158,6 +156,8 @@ class Backbone(nn.Module):
         if images.dtype == torch.uint8:
             images = self.normalize(images)
         if self.kind == "map":
+            # Convolutions are a fifth to a third faster, on CPUs and on tensor cores, and hand the layout on. Weights
+            # stay as they are: DeepSpeed cannot broadcast them otherwise, and ZeRO would lay them out flat again.
             images = images.contiguous(memory_format=torch.channels_last)
         hidden = self.model.forward_features(images.to(next(self.model.parameters()).dtype))
         pooled = self.model.forward_head(hidden, pre_logits=True)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from penstock import distributed
 from penstock.errors import InputError
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -103,7 +104,8 @@ def load_weights(model: nn.Module, path: Path, size: tuple[int, int], match: flo
         tuple(key for key in found if key in beside),
         tuple(resampled),
     )
-    log.log(logging.WARNING if missing or unexpected else logging.INFO, "%s", report)
+    if distributed.is_main():
+        log.log(logging.WARNING if missing or unexpected else logging.INFO, "%s", report)
     return report
 
 

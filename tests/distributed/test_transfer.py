@@ -141,3 +141,31 @@ def test_lora_moves_adapters_and_head_alone(ranks, zero, norms):
         others = {n for n in changed if ".lora_" not in n and not n.startswith("head.")}
         assert bool(others) == norms and all(".norm" in n for n in others)
         assert sum(".lora_" in n for n in changed) == 3 * 4 * 2  # blocks, layers in each, A and B
+
+
+# A head from a probe
+
+
+def probe(rank: int, world: int) -> tuple[Tensor, Tensor, str]:
+    from finetune.head_init import initialise
+
+    torch.manual_seed(0)
+    backbone = Backbone(Backbone.Config(**CNN))
+    head = Head(Head.Config(init="probe"), backbone.dim, CLASSES, backbone)
+    batches = []
+    for step in range(4):
+        whole = images(0, step, 16)
+        share = slice(rank * 16 // world, (rank + 1) * 16 // world)
+        positions = whole.positions[share] + 16 * step
+        batches.append(Batch([whole.views[0][share]], whole.labels[share], whole.weights[share], positions))
+    said = initialise(head, backbone, [str(label) for label in range(CLASSES)], lambda: batches)
+    return head.linear.weight.detach(), head.linear.bias.detach(), said
+
+
+def test_a_probed_head_is_that_of_one_process(ranks):
+    weight, bias, said = probe(0, 1)
+    assert weight.abs().max() > 0
+    for found in ranks(2).run(probe):
+        torch.testing.assert_close(found[0], weight, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found[1], bias, rtol=1e-3, atol=1e-3)
+        assert found[2] == said
