@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from finetune.tasks.classify import Classify
 from penstock.assembly import Parts
 from penstock.backbones import Features
-from penstock.backbones.batchnorm import average_statistics, layers_of
+from penstock.backbones.batchnorm import average_statistics, layers_of, set_valid
 from penstock.backbones.batchnorm_health import batchnorm_health
 from penstock.backbones.recalibrate import recalibrate
 from penstock.calibration import calibrate
@@ -45,6 +45,7 @@ class Accuracy:
         task, engine = self.model(), self.parts.engine
         found: dict[str, float] = {}
         average_statistics(task)
+        set_valid(task, None)
         with engine.autocast():
             if self.recalibrate and layers_of(task) and not tick.first:
                 found |= recalibrate(task, self.parts.train, self._forward, self.recalibrate).metrics()

@@ -29,19 +29,19 @@ class Classify(Task):
 
     def forward(self, batch: Batch, knobs: Mapping[str, float]) -> StepOutput:
         images, targets = self.mixed(batch, knobs)
-        logits = self.logits(images, batch.weights)
+        logits = self.logits(images)
         return self.output(logits, targets, self.pieces.loss(logits, targets), batch)
 
     def mixed(self, batch: Batch, knobs: Mapping[str, float]) -> tuple[Tensor, Tensor]:
         """Normalised images [B, C, H, W] and soft targets [B, K], mixed alike."""
         pieces = self.pieces
+        set_valid(self, batch.weights)
         targets = pieces.loss.targets(batch.labels, len(pieces.classes))
         images = self.backbone.normalize(batch.views[0])
         return pieces.mixing(images, targets, batch.positions, batch.weights, knobs, batch.begin)
 
-    def logits(self, images: Tensor, weights: Tensor | None = None) -> Tensor:
-        """fp32 [B, K]; images of weight 0 do not count in batch statistics."""
-        set_valid(self, weights)
+    def logits(self, images: Tensor) -> Tensor:
+        """fp32 [B, K], of uint8 or normalised images."""
         return self.head(self.backbone(images))
 
     def output(self, logits: Tensor, targets: Tensor, losses: Tensor, batch: Batch) -> StepOutput:

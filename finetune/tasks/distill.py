@@ -49,7 +49,7 @@ class Distill(Classify):
 
     def forward(self, batch: Batch, knobs: Mapping[str, float]) -> StepOutput:
         images, targets = self.mixed(batch, knobs)
-        logits = self.logits(images, batch.weights)
+        logits = self.logits(images)
         taught = self.distill(logits, self.taught(images), knobs)
         losses = (1 - knobs["weight"]) * self.pieces.loss(logits, targets) + knobs["weight"] * taught
         return self.output(logits, targets, losses, batch)
