@@ -1,28 +1,44 @@
 """What every recipe in `configs/` promises; a new file is tested the moment it exists.
 
-A file without `name` is a part, which other recipes extend. Recipes of each stage are tried on a small stand-in for
-their data, with a network of one block, for two steps on two ranks.
+A file without `name` is a part, which other recipes extend. The stage of the others is told by the command in their
+header. Each is tried on a small stand-in for its data, with a network of a few blocks, for two steps on two ranks.
 """
 
 import re
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from finetune.recipe import Finetune
 from penstock.backbones import names
-from penstock.errors import DONE
+from penstock.errors import DONE, INPUT_WRONG
 from penstock.recipe import check, load, resolved, to_yaml
-from penstock.stage import main
+from penstock.schedule import Clock, value_at
+from penstock.stage import Recipe, main
 from pretrain.recipe import Pretrain
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "configs").glob("**/*.yaml"))
-COMMAND = re.compile(r"^# Run: (?:make demo$|.*\bpretrain (?P<path>configs/\S+))")
+COMMAND = re.compile(r"^# Run: (?:make demo$|.*\b(?P<stage>pretrain|finetune) (?P<path>configs/\S+))")
+STAGES: dict[str, type[Recipe]] = {"pretrain": Pretrain, "finetune": Finetune}
+IMAGENET = 1_281_167  # training images
 
 
 def is_part(path: Path) -> bool:
     return "name" not in yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def commands(path: Path) -> list[re.Match]:
+    header = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    return [match for match in map(COMMAND.match, header) if match]
+
+
+def stage_of(path: Path) -> str:
+    """The stage in the header's command; `make demo` begins with pretraining."""
+    return next((match["stage"] for match in commands(path) if match["stage"]), "pretrain")
 
 
 RECIPES = [path for path in FILES if not is_part(path)]
@@ -33,8 +49,14 @@ def path(request) -> Path:
     return request.param
 
 
-def here(packed_set: Path) -> list[str]:
-    return [f"data.train={packed_set}", f"data.val={packed_set}"]
+def here(path: Path, packed_set: Path) -> list[str]:
+    """Overrides for what is not on this machine: data, and the weights of a run that comes before."""
+    starts = ["backbone.weights=null", "head.init=random", "optim.l2_sp=0"] * (stage_of(path) == "finetune")
+    return [f"data.train={packed_set}", f"data.val={packed_set}", *starts]
+
+
+def checked(path: Path, overrides: list[str]) -> Any:
+    return check(STAGES[stage_of(path)], load(path, overrides))
 
 
 def test_every_part_is_extended_by_some_recipe():
@@ -47,10 +69,16 @@ def test_every_part_is_extended_by_some_recipe():
 
 
 def test_header_gives_the_command(path):
-    header = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    found = [match for match in map(COMMAND.match, header) if match]
-    assert len(found) == 1, "the header holds one line `# Run: python -m launch local pretrain configs/...`"
+    found = commands(path)
+    assert len(found) == 1, "the header holds one line `# Run: python -m launch local STAGE configs/...`"
     assert found[0]["path"] in (None, path.relative_to(ROOT).as_posix())
+
+
+def test_header_says_what_to_expect(path):
+    if path.parent.name == "demo":
+        return  # `make demo` ends with its results
+    header = re.match(r"(?:#.*\n)+", path.read_text(encoding="utf-8"))
+    assert header is not None and re.search(r"^# (Result|Expect)", header[0], re.MULTILINE)
 
 
 def test_no_path_of_someones_machine(path):
@@ -58,35 +86,74 @@ def test_no_path_of_someones_machine(path):
 
 
 def test_check_says_good(path, packed_set, capsys):
-    assert main("pretrain", Pretrain, lambda recipe: 1, [str(path), "--check", *here(packed_set)]) == DONE
+    stage = stage_of(path)
+    overrides = here(path, packed_set)
+    assert main(stage, STAGES[stage], lambda recipe, find_lr: 1, [str(path), "--check", *overrides]) == DONE
     assert "good" in capsys.readouterr().out
 
 
+def test_explain_names_the_place_of_every_value(path, packed_set, capsys):
+    stage = stage_of(path)
+    overrides = here(path, packed_set)
+    assert main(stage, STAGES[stage], lambda recipe, find_lr: 1, [str(path), "--explain", *overrides]) == DONE
+    said = capsys.readouterr().out
+    assert path.name in said and re.search(r"^duration .*\.yaml:\d+", said, re.MULTILINE)
+
+
+def test_the_other_stage_refuses_it(path, packed_set, capsys):
+    other = {"pretrain": "finetune", "finetune": "pretrain"}[stage_of(path)]
+    overrides = here(path, packed_set)
+    assert main(other, STAGES[other], lambda recipe, find_lr: 1, [str(path), "--check", *overrides]) == INPUT_WRONG
+
+
 def test_the_resolved_recipe_is_the_same_recipe(path, packed_set, tmp_path):
-    recipe = check(Pretrain, load(path, here(packed_set)))
+    recipe = checked(path, here(path, packed_set))
     again = tmp_path / "resolved.yaml"
     again.write_text(to_yaml(recipe))
-    assert resolved(check(Pretrain, load(again))) == resolved(recipe)
+    assert resolved(check(type(recipe), load(again))) == resolved(recipe)
+
+
+def test_a_size_that_changes_grows_and_lasts(path, packed_set):
+    """Progressive resizing: sizes never fall, and the last one has an epoch at least."""
+    recipe = checked(path, here(path, packed_set))
+    if isinstance(recipe.augment.size, (int, float)):
+        return
+    clock = Clock.of(recipe.duration, recipe.batch, IMAGENET)
+    sizes = [value_at(recipe.augment.size, step, clock) for step in range(clock.total)]
+    assert len(set(sizes)) > 1 and all(after >= before for before, after in pairwise(sizes))
+    assert sizes.count(sizes[-1]) * clock.batch >= clock.epoch
 
 
 def smaller(path: Path, packed_set: Path, out: Path) -> list[str]:
     """Overrides that make the recipe two steps of a small network, on the stand-in set; its combinations stay."""
-    recipe = check(Pretrain, load(path, here(packed_set)))
-    overrides = [*here(packed_set), f"out={out}", "duration=2 steps", "tracking.enabled=false", "data.workers=0"]
+    recipe = checked(path, here(path, packed_set))
+    overrides = [*here(path, packed_set), f"out={out}", "duration=2 steps", "tracking.enabled=false", "data.workers=0"]
     overrides += [f"batch={4 * recipe.engine.accumulation}", "engine.compile=false"]  # compiling needs a compiler
     overrides += ["monitor.at_start=false", "monitor.batch=6"]
-    if names.is_vit(recipe.backbone.name):
-        overrides += [f"backbone.options.{option}" for option in ("depth=1", "embed_dim=96", "num_heads=3")]
+    if recipe.average.name != "none":
+        overrides += ["average.every=1", "average.start=1 steps"]
+    if names.is_vit(recipe.backbone.name):  # two blocks, as the first has no drop path
+        overrides += [f"backbone.options.{option}" for option in ("depth=2", "embed_dim=96", "num_heads=3")]
     else:
-        overrides += ["augment.size=64", "backbone.size=64"]
-    return overrides + ["method.decoder_depth=1"] * (recipe.method.name == "mae")
+        overrides += ["backbone.size=64"] + ["monitor.size=64"] * (recipe.monitor.size is not None)
+        overrides += [*sizes(recipe.augment.size), "backbone.options.layers=[1,1,1,1]"]
+    return overrides + ["method.decoder_depth=1"] * (stage_of(path) == "pretrain" and recipe.method.name == "mae")
+
+
+def sizes(knob: Any) -> list[str]:
+    """A size of 64 pixels; a curve in steps goes from there to 96 at the second step."""
+    if isinstance(knob, (int, float)):
+        return ["augment.size=64"]
+    assert knob.name == "step", "say here how to make this curve small"
+    return ["augment.size.start=64", "augment.size.values=[96]", "augment.size.milestones=[1 steps]"]
 
 
 def run_two_steps(rank: int, world: int, overrides: list[str], path: str) -> tuple[int, list[str]]:
-    from pretrain.run import start
+    from finetune.run import start as finetune
+    from pretrain.run import start as pretrain
 
-    recipe = check(Pretrain, load(path, overrides))
-    code = start(recipe)
+    recipe = checked(Path(path), overrides)
+    code = (finetune if isinstance(recipe, Finetune) else pretrain)(recipe)
     return code, sorted(file.name for file in recipe.folder.iterdir())
 
 
