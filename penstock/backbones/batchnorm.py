@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from penstock import distributed
@@ -168,7 +169,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             self.batch_mean, self.batch_samples = batch_mean.detach(), len(x)
         return y
 
-    @torch.compiler.disable  # collectives inside an autograd function
+    @_disable_dynamo  # collectives in an autograd function; torch.compiler.disable takes a second and a half to import
     def _over_valid(self, x: Tensor) -> Tensor:
         valid, sync = self.valid, self.mode == "sync" and _many()
         if valid is not None and len(valid) != len(x):
