@@ -3,7 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
+from pydantic import Field
+
 from finetune.accuracy import Accuracy
+from finetune.folding import folding_has_batchnorm
 from finetune.tasks import TASKS
 from penstock.backbones.backbone import Backbone
 from penstock.backbones.batchnorm import BatchNorms
@@ -49,6 +52,7 @@ class Finetune(Recipe):
     transfer: one_of("finetune.transfer", "full")  # type: ignore[valid-type]
     batchnorm: BatchNorms.Config = BatchNorms.Config()
     measure: Accuracy.Config = Accuracy.Config()
+    fold: bool = Field(False, description="also export the network with batch norm folded into its convolutions")
 
     rules = (
         *Recipe.rules,
@@ -59,4 +63,5 @@ class Finetune(Recipe):
         accumulation_keeps_the_statistics,
         repeats_shrink_the_epoch,
         drop_rules,
+        folding_has_batchnorm,
     )

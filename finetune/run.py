@@ -1,14 +1,16 @@
 """A finetuning run."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from finetune.accuracy import Accuracy
+from finetune.folding import check_foldable, fold_export
 from finetune.head_init import initialise
 from finetune.losses import LOSSES
 from finetune.recipe import Finetune
+from finetune.report import Report, places, say, stopped
 from finetune.tasks import TASKS, Pieces
 from finetune.tasks.classify import Classify
 from finetune.transfer import TRANSFERS, trained_share
@@ -25,8 +27,10 @@ from penstock.monitor import Measure, Monitor, eval_stream
 from penstock.schedule import Clock, knobs_of
 from penstock.streams.classes import class_names
 from penstock.streams.data import Data
+from penstock.streams.evaluation import EvalStream
 
 HEAD = 0x4EAD  # the stream of random numbers that a new head starts from
+FOLDED = 8  # validation images that the folded form is tried on
 ENOUGH = 4096  # samples that batch-norm statistics are computed anew over, where they have to be
 
 
@@ -43,13 +47,16 @@ class Finetuning:
     def __init__(self, recipe: Finetune):
         self.recipe = recipe
         self.mixing = recipe.mix
+        self.classes: tuple[str, ...] = ()
         self.accuracy: Accuracy
 
     def task(self, data: Data, clock: Clock) -> Classify:
         recipe = self.recipe
-        classes = class_names(data)
+        classes = self.classes = class_names(data)
         options = {**recipe.backbone.options, **recipe.drop.timm_arguments(recipe.backbone.name)}
         backbone = Backbone(recipe.backbone.model_copy(update={"options": options}))
+        if recipe.fold:
+            check_foldable(backbone.model, recipe.backbone.name)
         backbone.model = BatchNorms(recipe.batchnorm).apply(backbone.model)
         torch.manual_seed(key(recipe.seed, HEAD))  # the same head whatever the backbone drew
         head = Head(recipe.head, backbone.dim, len(classes), backbone)
@@ -86,19 +93,32 @@ class Finetuning:
         return {"arch": self.recipe.backbone.name, "method": self.recipe.task.name}
 
     def measures(self, parts: Parts) -> list[Measure]:
-        self.accuracy = Accuracy(self.recipe.measure, parts, lambda: parts.task, self._recalibrate(parts))
+        def model() -> Classify:
+            return cast(Classify, parts.task)
+
+        self.accuracy = Accuracy(self.recipe.measure, parts, model, self._recalibrate(parts))
         return [self.accuracy]
 
     def keep(self, parts: Parts, step: int) -> None:
         self._export(parts, step, "best")
 
     def finish(self, parts: Parts, monitor: Monitor, step: int) -> None:
-        figures: dict[str, float] = {}
-        if distributed.is_main():
-            figures = self.accuracy.report(self.recipe.folder, parts.engine.task.pieces.classes, self.recipe.seed, step)
-        figures = distributed.broadcast(figures)
+        answers, folder = self.accuracy.answers, self.recipe.folder
+        assert answers is not None and parts.val is not None  # the last step is always measured
+        report = Report(folder, answers, self.classes, parts.tracker, step)
+        figures = distributed.broadcast(report.calibration(self.recipe.seed) if distributed.is_main() else {})
         monitor.latest |= {f"eval/{name}": value for name, value in figures.items()}
         self._export(parts, step, "export", figures.get("temperature", 1.0))
+        if not distributed.is_main():
+            return
+        report.write_files()
+        report.draw_pictures(parts.val)
+        rows = report.rows(figures, self.accuracy.health)
+        if self.recipe.fold:
+            rows.append(("folded", self._fold(folder / "export", parts.val)))
+        if monitor.stop_early is not None:
+            rows += stopped(monitor.stop_early, folder, step)
+        say(f"{self.recipe.name}: step {step:,}", rows + places(folder))
 
     def _recalibrate(self, parts: Parts) -> int:
         """Samples for batch norm: what the recipe says, or enough where weights are averaged or sizes differ."""
@@ -111,7 +131,19 @@ class Finetuning:
         return min(ENOUGH, parts.train.samples) if moves and learns and layers_of(parts.engine.task) else 0
 
     def _train_images(self, data: Data, backbone: Backbone) -> Any:
-        return eval_stream(self.recipe.monitor, data, data.train, backbone.size, distributed.device().type)
+        """The images whose labels the run may see, as they are measured."""
+        device_type = distributed.device().type
+        return eval_stream(self.recipe.monitor, data, data.train, backbone.size, device_type, data.part.chosen)
+
+    def _fold(self, export: Path, val: EvalStream) -> str:
+        views = [val.view(int(number)) for number in val.numbers[:FOLDED]]
+        images = [view for view in views if view is not None]
+        if not images:
+            return f"no: none of the first {FOLDED} validation images can be read"
+        try:
+            return fold_export(export, torch.stack(images))
+        except RuntimeError as error:  # the run is good all the same
+            return f"no: {error}"
 
     def _export(self, parts: Parts, step: int, name: str, temperature: float = 1.0) -> None:
         from penstock.export import export_classifier
@@ -120,17 +152,18 @@ class Finetuning:
         if not distributed.is_main():
             return
         recipe = self.recipe
-        task: Any = parts.engine.task
-        size = recipe.monitor.size or task.backbone.size[0]
+        size = recipe.monitor.size or parts.engine.task.backbone.size[0]
         folder = export_classifier(
             self.transfer.merged(state),
             recipe.backbone,
             recipe.head,
             Path(recipe.folder) / name,
-            task.pieces.classes,
+            self.classes,
             about={"run": recipe.name, "task": recipe.task.name, "step": step},
             preprocessing={
                 "crop_pct": recipe.monitor.crop_pct,
+                "test_crop_pct": None,  # timm's own weights may come with another, which would go before
+                "crop_mode": "center",
                 "interpolation": "bicubic",
                 "test_input_size": [recipe.backbone.channels, size, size],
             },

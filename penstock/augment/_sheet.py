@@ -28,7 +28,17 @@ Row = Sequence[Cell] | str  # cells, or a heading
 
 
 def draw_sheet(rows: Sequence[Row], path: Path) -> None:
-    """Write a PNG. Small images are enlarged with hard pixels, so that every one of them can be seen."""
+    """Write a PNG of `compose`."""
+    sheet = compose(rows)
+    try:
+        with replacing(path) as file:
+            sheet.save(file, "PNG")
+    except OSError as error:
+        raise InputError(f"the sheet cannot be written to {path}: {error.strerror}; give another path") from None
+
+
+def compose(rows: Sequence[Row]) -> Image.Image:
+    """The picture. Small images are enlarged with hard pixels, so that every one of them can be seen."""
     columns = max((len(row) for row in rows if not isinstance(row, str)), default=1)
     heights = [LINE + MARGIN if isinstance(row, str) else CELL + 2 * LINE + MARGIN for row in rows]
     sheet = Image.new("RGB", (columns * (CELL + MARGIN) + MARGIN, sum(heights) + MARGIN), PAPER)
@@ -40,11 +50,7 @@ def draw_sheet(rows: Sequence[Row], path: Path) -> None:
             for column, cell in enumerate(row):
                 _draw_cell(sheet, cell, MARGIN + column * (CELL + MARGIN), top, font)
         top += height
-    try:
-        with replacing(path) as file:
-            sheet.save(file, "PNG")
-    except OSError as error:
-        raise InputError(f"the sheet cannot be written to {path}: {error.strerror}; give another path") from None
+    return sheet
 
 
 def _draw_cell(sheet: Image.Image, cell: Cell, left: int, top: int, font: Font) -> None:

@@ -16,8 +16,11 @@ from penstock.errors import InputError
 class Weighted(Protocol):
     """What recalibration reads of a batch; `penstock.streams.batch.Batch` has it."""
 
-    weights: Tensor  # float [B], 0 for a slot that holds no sample
-    positions: Tensor  # int64 [B], place in the order
+    @property
+    def weights(self) -> Tensor: ...  # float [B], 0 for a slot that holds no sample
+
+    @property
+    def positions(self) -> Tensor: ...  # int64 [B], place in the order
 
 
 @dataclass(frozen=True)

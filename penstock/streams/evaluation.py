@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from penstock.augment import Augment
 from penstock.schedule import Clock, knobs_of, value_at
@@ -26,6 +27,7 @@ class EvalStream:
         images: the set to read (`Images(manifest, channels)`), which several streams may share.
         batch: samples per rank and batch.
         limit: serve a fixed subset of this many samples, the same for a seed whatever else changes.
+        numbers: serve these samples alone, by their numbers in the set, increasing (`Part.chosen`).
         clock: needed when the augmentation's knobs follow curves; their values at the run's end are used.
     """
 
@@ -43,14 +45,14 @@ class EvalStream:
         seed: int = 0,
         device_type: str = "cpu",
         clock: Clock | None = None,
+        numbers: np.ndarray | None = None,
     ):
         self.images, self.augment, self.seed, self.device_type = images, augment, seed, device_type
         self.batch, self.rank, self.world, self.workers, self.prefetch = batch, rank, world, workers, prefetch
-        total = images.manifest.samples
-        if limit is None or limit >= total:
-            self.numbers = np.arange(total, dtype=np.int64)
-        else:
-            self.numbers = np.sort(permutation(total, key(seed, SUBSET_KEY))[:limit])
+        self.numbers = np.arange(images.manifest.samples, dtype=np.int64) if numbers is None else numbers
+        total = len(self.numbers)
+        if limit is not None and limit < total:
+            self.numbers = self.numbers[np.sort(permutation(total, key(seed, SUBSET_KEY))[:limit])]
         self.first = np.cumsum([0, *(shard.samples for shard in images.manifest.shards)])
         end = clock or Clock(1, 1, 1)
         self.knobs = {name: value_at(knob, end.total, end) for name, knob in knobs_of(augment.config).items()}
@@ -64,6 +66,12 @@ class EvalStream:
     @property
     def classes(self) -> tuple[str, ...] | None:
         return self.images.manifest.classes
+
+    def view(self, number: int) -> Tensor | None:
+        """One sample by its number in the set, uint8 [C, H, W] as it is served; None where it cannot be read."""
+        shard = int(np.searchsorted(self.first, number, side="right")) - 1
+        image = self.images.load(shard, number - int(self.first[shard])).image
+        return None if image is None else self.augment.view(image, 0, self.knobs)
 
     def __len__(self) -> int:
         return -(-self.samples // (self.batch * self.world))
