@@ -114,6 +114,9 @@ class Engine:
             config=settings(config, micro_batch),
             dist_init_required=False,
         )
+        if config.zero == 0 and getattr(task.backbone, "kind", "") == "map":
+            # A fifth to a third faster; DeepSpeed's broadcast, behind us, takes contiguous weights alone.
+            task.to(memory_format=torch.channels_last)
         # At stage 0 we reduce, at the step: in small buckets, and not at all in a single process.
         self._ds.enable_backward_allreduce = config.zero > 0
         self._gathered = deepspeed.zero.GatheredParameters

@@ -63,7 +63,10 @@ class Masters:
         held = self.optimizer.state[flat]
         for key, value in state.items():
             if self.stage == 0:
-                held[key] = value.to(param.device, copy=True) if _has_elements(value) else _copy(value)
+                # In the weight's memory layout: fused optimizers walk through both side by side.
+                held[key] = (
+                    torch.empty_like(param, dtype=value.dtype).copy_(value) if _like(param, value) else _copy(value)
+                )
             elif not _has_elements(value):
                 held[key] = _copy(value)
             elif self.stage == 3:
@@ -109,6 +112,10 @@ class Masters:
 
 def _has_elements(value: Any) -> bool:
     return torch.is_tensor(value) and value.dim() > 0
+
+
+def _like(param: Tensor, value: Any) -> bool:
+    return _has_elements(value) and value.shape == param.shape
 
 
 def _copy(value: Any) -> Any:

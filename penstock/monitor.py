@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 from pydantic import Field
 from torch import Tensor
 
@@ -130,7 +131,12 @@ class Monitor:
 
 
 def eval_stream(
-    config: Monitor.Config, data: Data, manifest: Manifest, size: tuple[int, int], device_type: str
+    config: Monitor.Config,
+    data: Data,
+    manifest: Manifest,
+    size: tuple[int, int],
+    device_type: str,
+    numbers: np.ndarray | None = None,
 ) -> EvalStream:
     """A set as it is measured: each image once, its short side resized, the centre cut out."""
     height, width = (config.size, config.size) if config.size else size
@@ -146,4 +152,5 @@ def eval_stream(
         workers=min(data.config.workers, 2),
         limit=config.limit,
         device_type=device_type,
+        numbers=numbers,
     )

@@ -36,13 +36,14 @@ class Part:
     def __init__(self, reader: ShardReader, labels: str | None = None, seed: int = 0, repeats: int = 1):
         manifest = reader.manifest
         self.root, self.repeats = manifest.root, repeats
+        self.chosen: np.ndarray | None = None  # numbers within the set, increasing; None for all
         self._numbers: list[np.ndarray] | None = None
         self.sizes: Sequence[int] = [shard.samples for shard in manifest.shards]
         self.samples, self.digest_of_ids = manifest.samples, manifest.digest_of_ids
         if labels is not None:
             ids = [reader.column(shard, "id") for shard in range(len(self.sizes))]
             classes = [reader.column(shard, "label") for shard in range(len(self.sizes))]
-            chosen = _choose(np.concatenate(ids), np.concatenate(classes), labels, seed, str(self.root))
+            self.chosen = chosen = _choose(np.concatenate(ids), np.concatenate(classes), labels, seed, str(self.root))
             bounds = np.cumsum([0, *self.sizes])
             self._numbers = [
                 chosen[np.searchsorted(chosen, begin) : np.searchsorted(chosen, end)] - begin
