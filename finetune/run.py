@@ -28,6 +28,7 @@ from penstock.schedule import Clock, knobs_of
 from penstock.streams.classes import class_names
 from penstock.streams.data import Data
 from penstock.streams.evaluation import EvalStream
+from penstock.streams.train import side_at
 
 HEAD = 0x4EAD  # the stream of random numbers that a new head starts from
 FOLDED = 8  # validation images that the folded form is tried on
@@ -72,6 +73,7 @@ class Finetuning:
             transfer=self.transfer,
             classes=classes,
             mixes=self.mixing.mixup != 0 or self.mixing.cutmix != 0,
+            sizes=self._sizes(clock, backbone.size_multiple),
         )
         task = TASKS.get(recipe.task.name)(recipe.task, pieces)
         told = [said]
@@ -81,6 +83,11 @@ class Finetuning:
         if distributed.is_main():
             print("\n".join([*filter(None, told), trained_share(task)]), flush=True)
         return task
+
+    def _sizes(self, clock: Clock, multiple: int) -> tuple[int, ...]:
+        """Sides of the views that the run will show, in pixels."""
+        times = [*range(0, clock.total, max(1, clock.total // 10_000)), clock.total - 1]
+        return tuple(sorted({side_at(self.recipe.augment.size, time, clock, multiple) for time in times}))
 
     def opens(self, task: Classify, clock: Clock) -> dict[str, float]:
         return self.transfer.opens(task, clock)

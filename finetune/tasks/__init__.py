@@ -25,3 +25,4 @@ class Pieces:
     transfer: Transfer
     classes: tuple[str, ...]
     mixes: bool  # images are mixed in some part of the run
+    sizes: tuple[int, ...] = ()  # sides in pixels of the views that the run will show

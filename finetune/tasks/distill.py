@@ -2,21 +2,25 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune.distillation.soft_targets import SoftTargets
 from finetune.tasks import Pieces
 from finetune.tasks.classify import Apart, Classify
+from penstock.backbones import Backbone
 from penstock.class_names import check_classes
 from penstock.errors import InputError
 from penstock.recipe import Block
 from penstock.schedule import Knob
 from penstock.streams.batch import Batch
 from penstock.task import StepOutput
+
+if TYPE_CHECKING:
+    from penstock.export import Classifier
 
 
 class Distill(Classify):
@@ -42,6 +46,13 @@ class Distill(Classify):
                 raise ValueError("a share lies between 0 and 1")
             return weight
 
+        @field_validator("temperature")
+        @classmethod
+        def _positive(cls, temperature: Any) -> Any:
+            if isinstance(temperature, (int, float)) and temperature <= 0:
+                raise ValueError("a temperature must be above 0")
+            return temperature
+
     def __init__(self, config: "Distill.Config", pieces: Pieces):
         super().__init__(config, pieces)
         self.distill = SoftTargets(SoftTargets.Config(temperature=config.temperature))
@@ -57,21 +68,43 @@ class Distill(Classify):
     @torch.no_grad()
     def taught(self, images: Tensor) -> Tensor:
         """The teacher's logits, fp32 [B, K], for images normalised as the student takes them."""
-        teacher = self.apart.teacher
-        own, its = self.backbone, teacher.backbone
-        teacher.to(images.device)
-        pixels = images * own.std[:, None, None] + own.mean[:, None, None]
-        return teacher((pixels - its.mean[:, None, None]) / its.std[:, None, None])
+        teacher = self.apart.teacher.to(images.device)
+        return teacher(_renormalize(images, self.backbone, teacher.backbone))
 
 
-def _teacher(folder: str, pieces: Pieces) -> nn.Module:
+def _renormalize(images: Tensor, own: Backbone, its: Backbone) -> Tensor:
+    """Images of one backbone's mean and std with those of another; the very images where these are the same."""
+    if torch.equal(own.mean, its.mean) and torch.equal(own.std, its.std):
+        return images
+    shift = (own.mean - its.mean) / its.std
+    return torch.addcmul(shift[:, None, None], images, (own.std / its.std)[:, None, None])
+
+
+def _teacher(folder: str, pieces: Pieces) -> "Classifier":
     from penstock.export import load_classifier
 
     teacher = load_classifier(Path(folder).expanduser())
     check_classes(teacher.classes, pieces.classes, "data.train", "the teacher")
-    if teacher.backbone.config.channels != pieces.backbone.config.channels:
+    channels = teacher.backbone.config.channels
+    if channels != pieces.backbone.config.channels:
         raise InputError(
-            f"task.teacher: it takes images of {teacher.backbone.config.channels} channels, the student of "
-            f"{pieces.backbone.config.channels}; distill from a teacher of the same kind"
+            f"task.teacher: it takes images of {channels} channels, the student of {pieces.backbone.config.channels}; "
+            "distill from a teacher of the same kind"
         )
+    for side in pieces.sizes:
+        _try_size(teacher, channels, side)
     return teacher.requires_grad_(False)
+
+
+def _try_size(teacher: "Classifier", channels: int, side: int) -> None:
+    """Run the teacher on the meta device, where no arithmetic is done, on images of a size that it will see."""
+    state = {name: value.to("meta") for name, value in [*teacher.named_parameters(), *teacher.named_buffers()]}
+    try:
+        with torch.no_grad():
+            torch.func.functional_call(teacher, state, (torch.empty(1, channels, side, side, device="meta"),))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        made = " x ".join(map(str, teacher.backbone.size))
+        raise InputError(
+            f"task.teacher: {teacher.backbone.config.name}, made for {made} pixels, does not take the student's images "
+            f"of {side} x {side}: {error}; set augment.size to a size of the teacher's, or take another teacher"
+        ) from error

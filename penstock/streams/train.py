@@ -99,8 +99,7 @@ class TrainStream:
             name: value_at(knob, position / self.batch, self.clock)
             for name, knob in knobs_of(self.augment.config).items()
         }
-        multiple = self.size_multiple
-        found["size"] = max(multiple, round(found["size"] / multiple) * multiple)
+        found["size"] = side_at(self.augment.config.size, position / self.batch, self.clock, self.size_multiple)
         return found
 
     def batch_at(self, position: int) -> int:
@@ -159,3 +158,10 @@ def _check_divisible(batch: int, accumulation: int, world: int, growth: float) -
             f"a batch of {batch} samples cannot be split evenly over {world} ranks x {accumulation} micro-batches"
             f"{', nor grow in quarters' if growth > 1 else ''}; write a multiple of {unit}, such as {nearest}"
         )
+
+
+def side_at(size: Any, time: float, clock: Clock, multiple: int) -> int:
+    """The side of a view in pixels at a nominal time: as given, or on a curve and then rounded to a multiple."""
+    if isinstance(size, (int, float)):
+        return round(size)
+    return max(multiple, round(value_at(size, time, clock) / multiple) * multiple)

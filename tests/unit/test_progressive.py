@@ -56,6 +56,11 @@ def steps(one: TrainStream, since: int = 0, step: int = 0) -> list[Batch]:
     raise AssertionError
 
 
+def test_a_size_given_as_a_number_is_not_rounded(folder):
+    """176 pixels are no multiple of 32, and torchvision's recipe for ResNet-50 means them."""
+    assert [stream(folder, size).knobs_at(0)["size"] for size in (6, 10.0, Linear(start=6, end=16))] == [6, 10, 8]
+
+
 @pytest.mark.parametrize("size", [STAGES, RISING])
 @pytest.mark.parametrize("growth", [1.0, 2.0, 4.0])
 def test_a_run_sees_the_same_samples_whatever_its_batches(folder, size, growth):
