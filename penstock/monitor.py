@@ -1,5 +1,6 @@
 """What is measured while a run goes on, and when: figures with alarms, pictures, and whether it is worth going on."""
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from penstock.streams.images import Images
 from penstock.streams.manifest import Manifest
 from penstock.tracking import Tracker
 
-LESS_IS_BETTER = ("loss", "nll", "ece", "brier", "error")
+LESS_IS_BETTER = {"loss", "nll", "ece", "brier", "error"}  # words of a metric's name
 
 
 class Measure(Protocol):
@@ -45,11 +46,11 @@ class StopEarly:
     def __init__(self, config: "StopEarly.Config"):
         self.config, self.since = config, 0
         self.best: float | None = None
-        self._sign = -1 if any(word in config.metric for word in LESS_IS_BETTER) else 1
+        self._sign = -1 if LESS_IS_BETTER & set(re.split("[/_]", config.metric)) else 1
 
     def better(self, value: float) -> bool:
-        """Take in a measurement; whether it is the best so far."""
-        improved = self.best is None or self._sign * (value - self.best) > self.config.least
+        """Take in a measurement; whether it is the best so far. What is not a number never is."""
+        improved = value == value and (self.best is None or self._sign * (value - self.best) > self.config.least)
         self.best, self.since = (value, 0) if improved else (self.best, self.since + 1)
         return improved
 
