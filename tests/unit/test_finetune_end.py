@@ -219,6 +219,17 @@ def test_the_table_says_what_came_out(averaged):
     assert "pictures: confusion, mistakes, reliability" in said and "penstock compare" in said
 
 
+def test_the_health_of_batch_norm_is_that_of_training(data, tmp_path, ranks):
+    """Of statistics that each rank keeps for itself, before they are averaged to be measured with."""
+    values = recipe_of(data, tmp_path, backbone=CNN, duration="2 steps", batchnorm={"mode": "local"})
+    (code, said), _ = ranks(2).run(finetune, values)
+    last = [line["metrics"] for line in journal(tmp_path / "run") if "health/bn_rank_gap" in line.get("metrics", {})][
+        -1
+    ]
+    assert code == DONE and last["health/bn_rank_gap"] > 1e-3
+    assert last["health/bn_effective_batch"] == 8 and "statistics over 8 samples" in " ".join(said.split())
+
+
 def test_a_run_that_ends_early_says_where_the_best_is(early, data):
     folder, said = early
     last = max(line["step"] for line in journal(folder) if "eval/nll" in line.get("metrics", {}))
