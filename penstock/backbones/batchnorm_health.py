@@ -43,9 +43,10 @@ class BatchNormHealth:
 
     def __str__(self) -> str:
         batch = f"over {self.effective_batch} samples" if self.effective_batch else "not updated"
+        drift = f", drift {self.drift:.2g} standard deviations" if self.drift == self.drift else ""
         return (
             f"batch norm: {self.layers} layers, statistics {batch}; smallest variance {self.smallest_var:.2g} "
-            f"({self.layer}), gap between ranks {self.rank_gap:.2g}, drift {self.drift:.2g} standard deviations"
+            f"({self.layer}), gap between ranks {self.rank_gap:.2g}{drift}"
         )
 
 
