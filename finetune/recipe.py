@@ -17,7 +17,7 @@ from penstock.recipe import one_of
 from penstock.rules import channels_agree, patches_divide
 from penstock.stage import Recipe
 
-ACCURACY_METRICS = {f"eval/{name}" for name in ("top1", "top5", "nll", "ece", "brier")}
+ACCURACY_METRICS = frozenset(f"eval/{name}" for name in ("top1", "top5", "nll", "ece", "brier"))
 
 
 def there_is_a_validation_set(recipe: Any) -> Iterator[str]:
@@ -42,7 +42,7 @@ def repeats_shrink_the_epoch(recipe: Any) -> Iterator[str]:
         yield f"data.repeats: {recipe.data.repeats} repeats of a sample do not fit in a batch of {recipe.batch}"
 
 
-def early_stopping_has_measurements(recipe: Any) -> Iterator[str]:
+def accuracy_is_measured_to_stop_early(recipe: Any) -> Iterator[str]:
     early = recipe.monitor.stop_early
     if early and early.metric in ACCURACY_METRICS and recipe.measure.every is None:
         yield f"measure.every: stopping early goes by {early.metric}, measured at the end alone; give '1 epochs', say"
@@ -72,5 +72,6 @@ class Finetune(Recipe):
         repeats_shrink_the_epoch,
         drop_rules,
         folding_has_batchnorm,
-        early_stopping_has_measurements,
+        accuracy_is_measured_to_stop_early,
     )
+    own_metrics = ACCURACY_METRICS

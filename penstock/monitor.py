@@ -106,7 +106,8 @@ class Monitor:
         if self.config.pictures is not None and not tick.first and (tick.last or tick.every(self.config.pictures)):
             for name, picture in self.pictures().items():
                 self.tracker.picture(tick.step, name, picture)
-        return self.stop_early is not None and self.stop_early.enough
+        # Asked only after a measurement: ranks have to agree, and each time they wait for one another.
+        return bool(values) and self.stop_early is not None and self.stop_early.enough
 
     def _note(self, tick: Tick, values: dict[str, float]) -> None:
         self.tracker.log(tick.step, values)

@@ -49,6 +49,22 @@ def evaluations_have_data(recipe: Any) -> Iterator[str]:
         yield "data.val: evaluate needs a validation set; give a packed one, or leave evaluations out (evaluate=null)"
 
 
+def early_stopping_has_measurements(recipe: Any) -> Iterator[str]:
+    early, blocks = recipe.monitor.stop_early, recipe.evaluate_blocks()
+    if early is None or not early.metric.startswith("eval/") or early.metric in recipe.own_metrics:
+        return
+    name = next((name for name in blocks if early.metric.startswith(f"eval/{name}_")), None)
+    if name is None:
+        known = [*sorted(recipe.own_metrics), *(f"eval/{name}_..." for name in blocks)]
+        remedy = f"take one of {', '.join(known)}" if known else "add an evaluation, such as evaluate.knn"
+        yield f"monitor.stop_early.metric: nothing measures {early.metric}; {remedy}"
+    elif blocks[name].every is None:
+        yield (
+            f"evaluate.{name}.every: stopping early goes by {early.metric}, measured at the start and the end alone; "
+            "give '1 epochs', say"
+        )
+
+
 def data_is_here(recipe: Any) -> Iterator[str]:
     for name, folder in (("train", recipe.data.train), ("val", recipe.data.val)):
         if folder is not None and not folder.exists():
@@ -80,8 +96,10 @@ class Recipe(Block):
         optimizer_sees_shapes,
         weights_have_a_start,
         evaluations_have_data,
+        early_stopping_has_measurements,
         data_is_here,
     )
+    own_metrics: ClassVar[frozenset[str]] = frozenset()  # what the stage measures by itself, as it is tracked
 
     @field_validator("name")
     @classmethod
@@ -165,6 +183,7 @@ def _exit(code: int, message: str = "") -> int:
 
 def _explain(recipe: Recipe, source: Source) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from penstock.recipe import flatten
@@ -173,12 +192,13 @@ def _explain(recipe: Recipe, source: Source) -> None:
     table = Table("key", "value", "from", box=None, pad_edge=False)
     for key, value in flatten(resolved(recipe)):
         shown = json.dumps(value) if not isinstance(value, str) else value
-        table.add_row(key, shown, source.origin(key) if key in given else DEFAULT)
+        table.add_row(key, escape(shown), source.origin(key) if key in given else DEFAULT)
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def _print_keys(model: type[Recipe], source: Source | None) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from penstock.recipe import Choice, Choices, concrete
@@ -191,9 +211,8 @@ def _print_keys(model: type[Recipe], source: Source | None) -> None:
         about = info.description or ""
         if marks:
             about = f"{about} one of: {', '.join(Registry(marks[0].package).names())}; name it for its keys".strip()
-        table.add_row(
-            key, "required" if info.is_required() else str(info.get_default(call_default_factory=True)), about
-        )
+        default = "required" if info.is_required() else str(info.get_default(call_default_factory=True))
+        table.add_row(key, escape(default), escape(about))
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print("\nWhat a recipe can set (give a RECIPE to see the keys of the components it names):")
     console.print(table)

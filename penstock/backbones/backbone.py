@@ -46,7 +46,7 @@ class Backbone(nn.Module):
         name: str = Field(description="a timm model, such as vit_small_patch16_224 or resnet50")
         size: int | tuple[int, int] = Field(224, description="image side in pixels, or [height, width]")
         channels: int = Field(3, ge=1, description="channels of an image")
-        options: dict[str, Any] = Field({}, description="timm's arguments: patch_size, embed_dim, drop_path_rate, ...")
+        options: dict[str, Any] = Field({}, description="timm's arguments: patch_size, embed_dim, depth, ...")
         weights: str | None = Field(
             None, description="'timm', an export folder, a .safetensors file, or a published .pth checkpoint"
         )

@@ -301,6 +301,9 @@ def set_valid(module: nn.Module, weights: Tensor | None) -> None:
 
     It holds until the next call, so that activation checkpointing recomputes the same statistics in backward.
     """
+    layers = layers_of(module).values()
+    if not layers:  # to look at the weights would make a GPU wait
+        return
     valid = None if weights is None or bool((weights > 0).all()) else weights > 0
-    for layer in layers_of(module).values():
+    for layer in layers:
         layer.valid = valid

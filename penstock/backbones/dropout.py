@@ -150,6 +150,8 @@ def _reaches(knob: Any) -> list[float]:
     values = [knob.start, *([knob.warmup_from] if knob.warmup.amount > 0 else [])]
     if knob.name == "step":
         return values + (knob.values or [knob.start * knob.factor ** len(knob.milestones)])
+    if knob.name == "one_cycle":
+        values.append(knob.top)
     return values if knob.name == "constant" else [*values, knob.end]
 
 

@@ -170,9 +170,10 @@ def test_rules_across_blocks():
 
 DOWN_FROM_ONE = {"name": "linear", "end": 0.1}
 UP_BY_STEPS = {"name": "step", "start": 0.5, "factor": 3, "milestones": [0.5]}
+UP_AND_DOWN = {"name": "one_cycle", "start": 0.0, "top": 1.2, "end": 0.0}
 
 
-@pytest.mark.parametrize("value", [1.0, -0.1, DOWN_FROM_ONE, UP_BY_STEPS])
+@pytest.mark.parametrize("value", [1.0, -0.1, DOWN_FROM_ONE, UP_BY_STEPS, UP_AND_DOWN])
 def test_what_is_no_probability_is_refused(value):
     with pytest.raises(ValidationError, match="a probability lies in"):
         Drop.Config(path=value)

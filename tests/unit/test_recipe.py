@@ -305,5 +305,6 @@ def test_help_lists_what_can_be_set(good, capsys):
     text = capsys.readouterr().out
     assert all(word in text for word in ("--explain", "optim.layer_decay", "engine.zero", "required", "mae, simclr"))
     assert pretrain(good, "--help") == DONE
-    assert "method.mask_ratio" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "method.mask_ratio" in text and "[height, width]" in " ".join(text.split())
     assert pretrain() == INPUT_WRONG

@@ -2,15 +2,18 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from finetune.recipe import early_stopping_has_measurements
+from finetune.recipe import ACCURACY_METRICS, accuracy_is_measured_to_stop_early
 from penstock.errors import InputError
 from penstock.monitor import Monitor, StopEarly
 from penstock.schedule import Clock, Length
+from penstock.stage import early_stopping_has_measurements
 from tests.shards import write_set
 
 CLOCK = Clock(total=100, batch=1, epoch=10)
@@ -131,7 +134,34 @@ def test_a_recipe_that_measures_at_its_end_alone_cannot_stop_early(tmp_path):
     with pytest.raises(InputError, match=r"measure\.every: stopping early goes by eval/nll"):
         check(Finetune, Source(values=values))
     recipe = check(Finetune, Source(values=values | {"measure": {"every": "2 steps"}}))
-    assert recipe.measure.every == Length(2.0, "steps") and not list(early_stopping_has_measurements(recipe))
+    assert recipe.measure.every == Length(2.0, "steps") and not list(accuracy_is_measured_to_stop_early(recipe))
+
+
+@pytest.mark.parametrize(
+    ("metric", "evaluate", "problem"),
+    [
+        ("eval/tpo1", {}, r"stop_early\.metric: nothing measures eval/tpo1; take one of eval/brier, "),
+        ("eval/knn_top1", {}, "nothing measures eval/knn_top1"),
+        ("eval/knn_top1", {"knn": SimpleNamespace(every=None)}, r"evaluate\.knn\.every: .* at the start and the end"),
+        ("eval/knn_top1", {"knn": SimpleNamespace(every=Length(1.0, "epochs"))}, None),
+        ("eval/top1", {}, None),
+    ],
+)
+def test_what_is_never_measured_in_a_run_cannot_stop_it(metric, evaluate, problem):
+    recipe = SimpleNamespace(
+        monitor=Monitor.Config(stop_early=StopEarly.Config(metric=metric)),
+        evaluate_blocks=lambda: evaluate,
+        own_metrics=ACCURACY_METRICS,
+    )
+    found = list(early_stopping_has_measurements(recipe))
+    assert not found if problem is None else re.search(problem, found[0])
+
+
+def test_ranks_are_asked_only_after_a_measurement(monkeypatch):
+    asked: list[bool] = []
+    monkeypatch.setattr("penstock.distributed.broadcast", lambda value: asked.append(value) or value)
+    ended(monitor([1.0, None, 2.0, None, None, 3.0], []), 0, 6)
+    assert len(asked) == 3
 
 
 def decided(rank: int, world: int) -> list[bool]:
