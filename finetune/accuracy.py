@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from finetune.tasks.classify import Classify
 from penstock.assembly import Parts
 from penstock.backbones import Features
-from penstock.backbones.batchnorm import average_statistics, layers_of, set_valid
+from penstock.backbones.batchnorm import average_statistics, set_valid
 from penstock.backbones.batchnorm_health import BatchNormHealth, batchnorm_health
-from penstock.backbones.recalibrate import recalibrate
+from penstock.backbones.recalibrate import moving, recalibrate
 from penstock.classification import classification_metrics
 from penstock.evaluate._features import FeatureSet, extract
 from penstock.recipe import Block
@@ -50,8 +50,10 @@ class Accuracy:
         average_statistics(task)
         set_valid(task, None)
         with engine.autocast():
-            if self.recalibrate and layers_of(task) and not tick.first:
-                found |= recalibrate(task, self.parts.train, self._forward, self.recalibrate).metrics()
+            closed = [name for name, opens in task.pieces.transfer.closed.items() if opens > tick.now]
+            if self.recalibrate and moving(task, closed) and not tick.first:
+                done = recalibrate(task, self.parts.train, self._forward, self.recalibrate, closed)
+                found |= done.metrics()
             assert self.parts.val is not None  # a rule of the recipe
             self.answers = extract(_Logits(task), self.parts.val, engine.device)
         metrics = classification_metrics(self.answers.features, self.answers.labels)

@@ -48,6 +48,15 @@ def accuracy_is_measured_to_stop_early(recipe: Any) -> Iterator[str]:
         yield f"measure.every: stopping early goes by {early.metric}, measured at the end alone; give '1 epochs', say"
 
 
+def frozen_statistics_stay(recipe: Any) -> Iterator[str]:
+    frozen = recipe.transfer.name in ("head", "lora") and recipe.head.norm != "batch"
+    if frozen and recipe.batchnorm.recalibrate:
+        yield (
+            f"batchnorm.recalibrate: with transfer={recipe.transfer.name} the backbone's statistics are frozen, too; "
+            "leave it out"
+        )
+
+
 class Finetune(Recipe):
     """A classifier made of a backbone."""
 
@@ -73,5 +82,6 @@ class Finetune(Recipe):
         drop_rules,
         folding_has_batchnorm,
         accuracy_is_measured_to_stop_early,
+        frozen_statistics_stay,
     )
     own_metrics = ACCURACY_METRICS

@@ -1,6 +1,6 @@
 """Batch-norm statistics computed anew over a fixed number of samples, for weights that were averaged or a new size."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -72,7 +72,11 @@ class _Pool:
 
 @torch.no_grad()
 def recalibrate(
-    module: nn.Module, batches: Iterable[Weighted], forward: Callable[[Any], Any], samples: int
+    module: nn.Module,
+    batches: Iterable[Weighted],
+    forward: Callable[[Any], Any],
+    samples: int,
+    closed: Collection[str] = (),
 ) -> Recalibrated:
     """Set every running mean and variance in `module` to those of its activations over `samples` samples.
 
@@ -87,11 +91,12 @@ def recalibrate(
         module: its batch normalisation is ours (`convert`).
         batches: this rank's micro-batches; if they end before `samples`, those there were count.
         forward: runs the module on one of them; it moves them to the device, and applies the precision of evaluation.
+        closed: modules within it, by name, whose statistics stay as those of frozen layers do.
 
     Raises:
         InputError: nothing to calibrate, or not one sample to calibrate it on.
     """
-    layers = {n: x for n, x in layers_of(module).items() if x.mode != "frozen" and x.running_mean is not None}
+    layers = moving(module, closed)
     if not layers:
         raise InputError("batchnorm.recalibrate: no batch-norm layer has statistics that move; set it to 0")
     if samples < 1:
@@ -121,6 +126,17 @@ def recalibrate(
             _mean(layer).copy_(pools[name].mean)
             _var(layer).copy_(pools[name].var())
     return _report(layers, before, counted)
+
+
+def moving(module: nn.Module, closed: Collection[str] = ()) -> dict[str, BatchNorm]:
+    """The layers of `module` whose statistics move, by name; none of those in the modules named in `closed`."""
+    return {
+        name: layer
+        for name, layer in layers_of(module).items()
+        if layer.mode != "frozen"
+        and layer.running_mean is not None
+        and not any(f"{name}.".startswith(f"{each}.") for each in closed)
+    }
 
 
 def _first(batches: Iterable[Weighted], samples: int) -> Iterator[tuple[Weighted, Tensor, int]]:

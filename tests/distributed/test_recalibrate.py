@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from penstock.backbones.batchnorm import BatchNorm, BatchNorms, convert, layers_of
-from penstock.backbones.recalibrate import Recalibrated, recalibrate
+from penstock.backbones.recalibrate import Recalibrated, moving, recalibrate
 from penstock.errors import InputError
 from penstock.streams.batch import Batch
 
@@ -223,3 +223,13 @@ def test_another_size_gets_its_own_statistics():
             np.testing.assert_allclose(found[size][name], value, rtol=1e-4, atol=1e-4, err_msg=name)
     assert np.abs(found[6]["6.running_var"] / found[12]["6.running_var"] - 1).max() > 0.02
     assert done.metrics()["recalibrate/samples"] == SAMPLES and done.var_ratio > 1.005
+
+
+def test_closed_modules_keep_their_statistics():
+    model = nn.ModuleDict({"low": _model(), "low2": _model()})
+    before = _statistics(model)
+    closed = ["low", "low2.0"]
+    assert list(moving(model, closed)) == ["low2.2", "low2.6"] and not moving(model, ["low", "low2"])
+    recalibrate(model, _batches(8), lambda b: [part(b.views[0]) for part in model.values()], SAMPLES, closed)
+    moved = {name for name, value in _statistics(model).items() if not np.array_equal(value, before[name])}
+    assert moved == {f"low2.{place}.{name}" for place in (2, 6) for name in ("running_mean", "running_var")}

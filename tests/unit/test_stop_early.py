@@ -159,7 +159,12 @@ def test_what_is_never_measured_in_a_run_cannot_stop_it(metric, evaluate, proble
 
 def test_ranks_are_asked_only_after_a_measurement(monkeypatch):
     asked: list[bool] = []
-    monkeypatch.setattr("penstock.distributed.broadcast", lambda value: asked.append(value) or value)
+
+    def broadcast(value: bool) -> bool:
+        asked.append(value)
+        return value
+
+    monkeypatch.setattr("penstock.distributed.broadcast", broadcast)
     ended(monitor([1.0, None, 2.0, None, None, 3.0], []), 0, 6)
     assert len(asked) == 3
 
