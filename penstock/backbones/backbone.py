@@ -1,5 +1,6 @@
 """A timm model as the rest of Penstock sees it: uint8 images in, pooled and spatial features out."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -7,6 +8,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from penstock import distributed
 from penstock.backbones import names
 from penstock.backbones.attention import choose_attention
 from penstock.errors import InputError
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 COARSE = 32  # pixels; sizes of large images that follow a curve are multiples of it, so that there are few
+log = logging.getLogger(__name__)
+
 # timm arguments that Backbone.Config's own fields set.
 _OWN = {"img_size": "size", "in_chans": "channels", "global_pool": "pool", "num_classes": None, "pretrained": "weights"}
 
@@ -138,6 +142,7 @@ class Backbone(nn.Module):
             from penstock.backbones.weights import load_weights
 
             self.loaded = load_weights(self.model, Path(str(config.weights)).expanduser(), self.size, config.match)
+        self._compare_normalization()
 
     @property
     def size_multiple(self) -> int:
@@ -164,6 +169,25 @@ class Backbone(nn.Module):
         if hidden.ndim == 3:
             return Features(pooled, hidden[:, self._prefix :])
         return Features(pooled, hidden.permute(0, 3, 1, 2) if self._channels_last else hidden)
+
+    def _compare_normalization(self) -> None:
+        """Warn where the weights say that they were trained on images of another mean and standard deviation."""
+        from penstock.backbones.weights import CONFIG_FILE, read_config
+
+        file = Path(str(self.config.weights)).expanduser() / CONFIG_FILE
+        said: dict[str, Any] = {}
+        if self.config.weights == "timm":
+            said = dict(self.model.pretrained_cfg)
+        elif self.config.weights is not None and file.is_file():
+            said = read_config(file).get("pretrained_cfg", {})
+        for name, own in (("mean", self.mean), ("std", self.std)):
+            theirs = list(said.get(name) or [])
+            other = len(theirs) == len(own) and not torch.allclose(own, torch.tensor(theirs), atol=1e-3)
+            if other and distributed.is_main():
+                log.warning(
+                    "backbone.%s is %s, but %s was trained with %s; set backbone.%s='%s', unless this is meant",
+                    name, [round(value, 4) for value in own.tolist()], self.config.weights, theirs, name, theirs,
+                )  # fmt: skip
 
     def _probe(self) -> Features:
         """The shapes of features, computed on the meta device: no arithmetic is done."""

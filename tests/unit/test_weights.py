@@ -154,3 +154,15 @@ def test_too_few_matches_are_refused_unless_the_recipe_allows_it(tmp_path: Path)
     assert backbone.loaded is not None and len(backbone.loaded.missing) == 12
     with pytest.raises(InputError, match="does not hold weights of this backbone"):
         loaded(tmp_path / "other.pth", {"conv1.weight": torch.zeros(3)}, match=0.0)
+
+
+def test_weights_of_another_normalization_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from penstock.export import export_backbone
+
+    fields: dict[str, Any] = {**VIT, "size": 32, "mean": (0.5,), "std": (0.25,)}
+    trained = Backbone(Backbone.Config(**fields))
+    folder = export_backbone(trained.state_dict(), trained.config, tmp_path / "export")
+    Backbone(Backbone.Config(**fields, weights=str(folder)))
+    assert "backbone.mean" not in caplog.text and "backbone.std" not in caplog.text
+    Backbone(Backbone.Config(**{**fields, "std": (0.2,)}, weights=str(folder)))
+    assert "set backbone.std='[0.25, 0.25, 0.25]'" in caplog.text and "backbone.mean" not in caplog.text
