@@ -1,7 +1,7 @@
 """Augmentations: each file is one component, which turns an image into views."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from penstock.registry import Registry
 
@@ -10,6 +10,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 AUGMENTATIONS = Registry("penstock.augment")
+Box = tuple[int, int, int, int]  # top, left, height, width in pixels
+
+
+class Whole(NamedTuple):
+    """The image that a smaller one was decoded from: pixel i of that one covers factor * i to factor * (i + 1)."""
+
+    height: int
+    width: int
+    factor: int  # 1, 2, 4 or 8; the decoded image has ceil(height / factor) x ceil(width / factor) pixels
 
 
 class Augment(Protocol):
@@ -26,4 +35,20 @@ class Augment(Protocol):
         Draws come from torch's, Python's or NumPy's global generator, which the caller seeds for each view. The image
         may be shared and must not be changed.
         """
+        ...
+
+
+@runtime_checkable
+class Boxed(Augment, Protocol):
+    """An augmentation that can say beforehand what it needs of an image, which may then be decoded smaller."""
+
+    def box(self, height: int, width: int, index: int, knobs: Mapping[str, float]) -> Box:
+        """What `view` will resize to about [size, size], of an image of this size.
+
+        The generators are seeded as for `view`, which draws the same box.
+        """
+        ...
+
+    def view(self, image: "np.ndarray", index: int, knobs: Mapping[str, float], whole: Whole | None = None) -> "Tensor":
+        """As of every augmentation. With `whole`, `image` was decoded smaller; boxes are drawn in the whole one."""
         ...

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Box = tuple[int, int, int, int]  # top, left, height, width
+from penstock.augment import Box, Whole
 
 # ImageNet's colours in [0, 1]; their luma stands for them in greyscale images.
 MEAN, STD, LUMA = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (0.299, 0.587, 0.114)
@@ -37,6 +37,16 @@ def resize(image: Tensor, height: int, width: int, interpolation: str) -> Tensor
     return F.interpolate(image[None], (height, width), mode=interpolation, antialias=True)[0]
 
 
+def cut(image: np.ndarray, box: Box, factor: int) -> Tensor:
+    """A box of the whole image, taken from one decoded at 1 / factor of it, with edges at the nearest pixels.
+
+    A side of at least factor * n is never left with fewer than n pixels.
+    """
+    top, left, height, width = box
+    top, left, bottom, right = ((edge + factor // 2) // factor for edge in (top, left, top + height, left + width))
+    return planes(image)[:, top:bottom, left:right]
+
+
 def random_box(height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]) -> Box:
     """Inception's crop (Szegedy et al. 2015): a share `scale` of the area, of aspect `ratio`, anywhere inside."""
     low, high = math.log(ratio[0]), math.log(ratio[1])
@@ -62,15 +72,25 @@ def crop_flip(
     ratio: tuple[float, float],
     interpolation: str,
     flip: float,
+    whole: Whole | None = None,
 ) -> Tensor:
-    """A random box of the image, resized to [C, size, size] and mirrored with probability `flip`."""
-    top, left, height, width = random_box(image.shape[0], image.shape[1], scale, ratio)
+    """A random box of the (whole) image, resized to [C, size, size] and mirrored with probability `flip`."""
+    height, width, factor = whole or (*image.shape[:2], 1)
+    box = random_box(height, width, scale, ratio)
     # Flipping the small crop is cheap; the box is uniform, so the order of the two does not matter.
-    view = resize(planes(image)[:, top : top + height, left : left + width], size, size, interpolation)
+    view = resize(cut(image, box, factor), size, size, interpolation)
     return view.flip(-1) if random.random() < flip else view
 
 
-def padded_crop(image: np.ndarray, size: int, pad: int, padding: str, interpolation: str, flip: float) -> Tensor:
+def padded_crop(
+    image: np.ndarray,
+    size: int,
+    pad: int,
+    padding: str,
+    interpolation: str,
+    flip: float,
+    whole: Whole | None = None,
+) -> Tensor:
     """The image with its short side resized to `size`, padded, and a square of `size` cut out anywhere.
 
     CIFAR's usual crop, and DeiT III's "simple random crop" (Touvron et al. 2022).
@@ -79,11 +99,12 @@ def padded_crop(image: np.ndarray, size: int, pad: int, padding: str, interpolat
         pad: pixels on each side; less than `size` where `padding` is "reflect".
         padding: "reflect" or "constant" (black).
         flip: probability of mirroring.
+        whole: where `image` was decoded smaller.
     """
-    height, width = image.shape[:2]
+    height, width, factor = whole or (*image.shape[:2], 1)
     short = min(height, width)
     tall, wide = int(size * height / short), int(size * width / short)
-    resized = resize(planes(image), tall, wide, interpolation)
+    resized = resize(cut(image, (0, 0, height, width), factor), tall, wide, interpolation)
     if pad:
         resized = F.pad(resized[None], (pad, pad, pad, pad), padding)[0]
     top, left = random.randint(0, tall + 2 * pad - size), random.randint(0, wide + 2 * pad - size)

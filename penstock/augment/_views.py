@@ -160,7 +160,8 @@ class Viewer:
 
     def _batch(self, positions: np.ndarray) -> Batch:
         # The number of the step, which nothing here depends on, is left at 0.
-        micro = Micro(positions, *self._locate(positions), self.knobs(int(positions[0])), step=0)
+        knobs, repeats = self.knobs(int(positions[0])), self.stream.part.repeats
+        micro = Micro(positions, *self._locate(positions), knobs, step=0, repeats=repeats)
         return assemble(micro, self.stream.images, self.stream.augment, self.recipe.seed)
 
     def _in_words(self, target: torch.Tensor) -> list[str]:

@@ -7,7 +7,7 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from penstock.augment import _pixels
+from penstock.augment import Box, Whole, _pixels
 from penstock.recipe import Block
 from penstock.schedule import Knob
 
@@ -28,7 +28,10 @@ class CropFlip:
     def __init__(self, config: "CropFlip.Config"):
         self.config = config
 
-    def view(self, image: np.ndarray, index: int, knobs: Mapping[str, float]) -> Tensor:
+    def box(self, height: int, width: int, index: int, knobs: Mapping[str, float]) -> Box:
+        return _pixels.random_box(height, width, self.config.scale, self.config.ratio)
+
+    def view(self, image: np.ndarray, index: int, knobs: Mapping[str, float], whole: Whole | None = None) -> Tensor:
         size = int(knobs["size"])
         options = self.config
-        return _pixels.crop_flip(image, size, options.scale, options.ratio, options.interpolation, options.flip)
+        return _pixels.crop_flip(image, size, options.scale, options.ratio, options.interpolation, options.flip, whole)

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from penstock.augment import _pixels
+from penstock.augment import Box, Whole, _pixels
 from penstock.recipe import Block
 from penstock.schedule import Knob
 
@@ -34,10 +34,13 @@ class SimCLR:
     def __init__(self, config: "SimCLR.Config"):
         self.config = config
 
-    def view(self, image: np.ndarray, index: int, knobs: Mapping[str, float]) -> Tensor:
+    def box(self, height: int, width: int, index: int, knobs: Mapping[str, float]) -> Box:
+        return _pixels.random_box(height, width, self.config.scale, self.config.ratio)
+
+    def view(self, image: np.ndarray, index: int, knobs: Mapping[str, float], whole: Whole | None = None) -> Tensor:
         size = int(knobs["size"])
         options = self.config
-        view = _pixels.crop_flip(image, size, options.scale, options.ratio, options.interpolation, options.flip)
+        view = _pixels.crop_flip(image, size, options.scale, options.ratio, options.interpolation, options.flip, whole)
         if len(view) == 3:
             view = view.contiguous()
             if random.random() < options.jitter:

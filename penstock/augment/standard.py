@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter, ImageOps
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from penstock.augment import _erasing, _pixels, _policies
+from penstock.augment import Box, Whole, _erasing, _pixels, _policies
 from penstock.recipe import Block
 from penstock.schedule import Clock, Knob, trace
 
@@ -99,9 +99,15 @@ class Standard:
         if config.policy != "none":
             self._policy(1.0, channels=3)  # loads timm or torchvision here, once, rather than in every worker
 
-    def view(self, image: np.ndarray, index: int, knobs: Mapping[str, Any]) -> Tensor:
+    def box(self, height: int, width: int, index: int, knobs: Mapping[str, Any]) -> Box:
+        if self.config.crop == "simple":
+            return 0, 0, height, width
+        self._interpolation()  # is drawn before the box
+        return _pixels.random_box(height, width, self.config.scale, self.config.ratio)
+
+    def view(self, image: np.ndarray, index: int, knobs: Mapping[str, Any], whole: Whole | None = None) -> Tensor:
         options, strength = self.config, knobs["strength"]
-        view = self._crop(image, knobs["size"])
+        view = self._crop(image, knobs["size"], whole)
         changes = list(self._changes(strength, channels=len(view)))
         if changes:
             picture = _picture(view)
@@ -112,13 +118,15 @@ class Standard:
             view = _erasing.erase(view, options.erase_mode, options.erase_area)
         return view
 
-    def _crop(self, image: np.ndarray, size: int) -> Tensor:
-        options, interpolation = self.config, self.config.interpolation
-        if interpolation == "random":
-            interpolation = random.choice(("bilinear", "bicubic"))
+    def _crop(self, image: np.ndarray, size: int, whole: Whole | None) -> Tensor:
+        options, interpolation = self.config, self._interpolation()
         if options.crop == "simple":
-            return _pixels.padded_crop(image, size, options.pad, options.padding, interpolation, options.flip)
-        return _pixels.crop_flip(image, size, options.scale, options.ratio, interpolation, options.flip)
+            return _pixels.padded_crop(image, size, options.pad, options.padding, interpolation, options.flip, whole)
+        return _pixels.crop_flip(image, size, options.scale, options.ratio, interpolation, options.flip, whole)
+
+    def _interpolation(self) -> str:
+        chosen = self.config.interpolation
+        return random.choice(("bilinear", "bicubic")) if chosen == "random" else chosen
 
     def _changes(self, strength: float, channels: int) -> Iterator[Change]:
         """The changes that this view draws, in order."""

@@ -1,11 +1,15 @@
 """Bytes of an image file to pixels. Nothing here can run code from data."""
 
 import io
+from collections.abc import Callable
 
 import numpy as np
 import simplejpeg
 from PIL import Image
 
+from penstock.augment import Whole
+
+FactorOf = Callable[[int, int], int]  # of an image's height and width: 1, 2, 4 or 8
 LARGEST = 178_956_970  # pixels; what Pillow refuses as a decompression bomb
 FORMATS = ("JPEG", "PNG", "WEBP")  # the parsers a shard may reach
 ORIENTATION = 0x0112  # the Exif tag
@@ -33,15 +37,29 @@ def decode(data: bytes, channels: int = 3) -> np.ndarray:
     Raises:
         DecodeError: unreadable, truncated, or larger than `LARGEST` pixels.
     """
+    return decode_smaller(data, channels, lambda height, width: 1)[0]
+
+
+def decode_smaller(data: bytes, channels: int, factor_of: FactorOf) -> tuple[np.ndarray, Whole | None]:
+    """As `decode`, but a JPEG at 1 / factor of its size: the DCT's low frequencies are turned into fewer pixels.
+
+    What has to be converted or turned first is decoded whole. Other fractions of eighths than these factors are not
+    used: libjpeg-turbo has no fast code for them, and they take longer than the whole.
+
+    Returns:
+        The pixels, and the size of the whole where they are fewer.
+    """
     if data[:2] == b"\xff\xd8":
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
             _refuse_bomb(width, height)
             if colours in ("RGB", "YCbCr", "Gray") and not _is_turned(data):
-                return simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY", strict=True)
+                factor = factor_of(height, width)
+                whole = Whole(height, width, factor) if factor > 1 else None
+                return _with_simplejpeg(data, channels, whole), whole
         except ValueError:
             pass  # Pillow tells harmless oddities, such as stray bytes, from lost pixels
-    return _with_pillow(data, channels)
+    return _with_pillow(data, channels), None
 
 
 def _refuse_bomb(width: int, height: int) -> None:
@@ -57,6 +75,13 @@ def _is_turned(data: bytes) -> bool:
             return image.getexif().get(ORIENTATION, 1) in TURNS
     except Exception:
         return True  # let the careful path say what is wrong
+
+
+def _with_simplejpeg(data: bytes, channels: int, whole: Whole | None) -> np.ndarray:
+    smallest = {}
+    if whole:  # exactly this size is then what the largest fitting reduction gives
+        smallest = {"min_height": -(-whole.height // whole.factor), "min_width": -(-whole.width // whole.factor)}
+    return simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY", strict=True, **smallest)
 
 
 def _with_pillow(data: bytes, channels: int) -> np.ndarray:

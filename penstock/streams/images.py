@@ -8,8 +8,9 @@ from typing import Literal
 
 import numpy as np
 
+from penstock.augment import Whole
 from penstock.errors import InputError
-from penstock.streams.decode import DecodeError, decode
+from penstock.streams.decode import DecodeError, FactorOf, decode, decode_smaller
 from penstock.streams.manifest import Manifest
 from penstock.streams.reader import Fault, ShardReader
 
@@ -23,6 +24,7 @@ class Sample:
     key: str
     id: int
     reason: str = ""
+    whole: Whole | None = None  # where the image was decoded smaller
 
 
 class Images:
@@ -39,17 +41,22 @@ class Images:
         self.reader = ShardReader(manifest)
         self._cache = _PixelCache(self.reader, channels) if cache == "ram" else None
 
-    def load(self, shard: int, sample: int) -> Sample:
+    def load(self, shard: int, sample: int, factor_of: FactorOf | None = None) -> Sample:
+        """One sample, its JPEG decoded at 1 / `factor_of(height, width)` of its size; whole for a cache in memory."""
         record = self.reader.record(shard, sample)
-        image = self._cache.get(shard, sample) if self._cache else None
+        image, whole = self._cache.get(shard, sample) if self._cache else None, None
         if image is None:
             try:
-                image = decode(self.reader.payload(shard, record), self.channels)
+                data = self.reader.payload(shard, record)
+                if factor_of is None or self._cache:
+                    image = decode(data, self.channels)
+                else:
+                    image, whole = decode_smaller(data, self.channels, factor_of)
             except (Fault, DecodeError) as error:
                 return Sample(None, record.label, record.key, record.id, str(error))
             if self._cache:
                 self._cache.put(shard, sample, image)
-        return Sample(image, record.label, record.key, record.id)
+        return Sample(image, record.label, record.key, record.id, whole=whole)
 
 
 class _PixelCache:

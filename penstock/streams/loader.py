@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from penstock.augment import Augment
+from penstock.augment import Augment, Boxed
 from penstock.keyed import seed_sample
 from penstock.streams.batch import Batch
 from penstock.streams.images import Images, Sample
@@ -33,6 +33,7 @@ class Micro:
     knobs: Mapping[str, float]  # the augmentation's at this step; `size` is the side of the square views in pixels
     step: int
     begin: int = 0  # position of the first sample that any rank has in it
+    repeats: int = 1  # positions in a row that serve one sample
 
 
 class Plan(Protocol):
@@ -44,15 +45,16 @@ def assemble(micro: Micro, images: Images, augment: Augment, seed: int) -> Batch
     """Read and augment one micro-batch. A sample that cannot be read is zeros, with weight 0 and a fault record."""
     samples: list[Sample] = []
     size = int(micro.knobs["size"])
-    before = None
+    boxed, row = augment if isinstance(augment, Boxed) else None, None
     slots: list[list[torch.Tensor | None]] = [[] for _ in range(augment.views)]
     faults = []
     with _generators_kept():
         places = zip(micro.positions.tolist(), micro.shards.tolist(), micro.samples.tolist(), strict=True)
         for position, shard, number in places:
-            if (shard, number) != before:  # repeated augmentation decodes once
-                sample = images.load(shard, number) if shard >= 0 else Sample(None, -1, "", 0)
-                before = (shard, number)
+            if row != (row := position // micro.repeats):  # repeated augmentation decodes once
+                served = range(row * micro.repeats, (row + 1) * micro.repeats)
+                factor_of = partial(largest_factor, boxed, micro.knobs, seed, served) if boxed else None
+                sample = images.load(shard, number, factor_of) if shard >= 0 else Sample(None, -1, "", 0)
             samples.append(sample)
             if sample.reason:
                 name = images.manifest.shards[shard].name
@@ -62,7 +64,10 @@ def assemble(micro: Micro, images: Images, augment: Augment, seed: int) -> Batch
                     slot.append(None)
                     continue
                 seed_sample(seed, position, view)
-                slot.append(augment.view(sample.image, view, micro.knobs))
+                if boxed:
+                    slot.append(boxed.view(sample.image, view, micro.knobs, sample.whole))
+                else:
+                    slot.append(augment.view(sample.image, view, micro.knobs))
     return Batch(
         views=[_stack(slot, (images.channels, size, size)) for slot in slots],
         labels=torch.tensor([sample.label for sample in samples]),
@@ -74,6 +79,25 @@ def assemble(micro: Micro, images: Images, augment: Augment, seed: int) -> Batch
         faults=faults,
         ids=torch.from_numpy(np.array([sample.id for sample in samples], dtype=np.uint64).view(np.int64)),
     )
+
+
+def largest_factor(
+    augment: Boxed, knobs: Mapping[str, float], seed: int, positions: range, height: int, width: int
+) -> int:
+    """The most an image can be decoded smaller by, 1, 2, 4 or 8, such that no view is enlarged for it.
+
+    Args:
+        positions: all that serve this sample in a row, on whichever ranks: the factor, and so the pixels of a view,
+            must not depend on which of them are served together.
+    """
+    size, least = int(knobs["size"]), min(height, width)
+    if least < 2 * size:
+        return 1  # spares the draws
+    for position in positions:
+        for view in range(augment.views):
+            seed_sample(seed, position, view)
+            least = min(least, *augment.box(height, width, view, knobs)[2:])
+    return next((factor for factor in (8, 4, 2) if factor * size <= least), 1)
 
 
 def open_loader(

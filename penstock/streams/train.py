@@ -146,7 +146,8 @@ class _TrainPlan:
         positions = begin + stream.rank + stream.world * np.arange(count, dtype=np.int64)
         shards, samples = stream.order.locate(positions // stream.part.repeats)
         numbers = stream.part.numbers(shards, samples)
-        return Micro(positions, shards, numbers, stream.knobs_at(self._begin), self.first + steps, begin)
+        knobs, step = stream.knobs_at(self._begin), self.first + steps
+        return Micro(positions, shards, numbers, knobs, step, begin, stream.part.repeats)
 
 
 def _check_divisible(batch: int, accumulation: int, world: int, growth: float) -> None:
