@@ -89,7 +89,10 @@ def test_outputs_and_gradients(recipe_of, which, pool):
     loss = CrossEntropy(CrossEntropy.Config())(logits, targets()).mean()
     assert loss.item() == pytest.approx(golden["loss"], rel=1e-6)
     loss.backward()
-    ours = {theirs(name): formula.summary(theirs(name), param.grad) for name, param in model.named_parameters()}
+    ours: dict[str, list[float]] = {}
+    for name, param in model.named_parameters():
+        assert param.grad is not None
+        ours[theirs(name)] = formula.summary(theirs(name), param.grad)
     assert ours.keys() == golden["gradients"].keys()
     for name, (norm, product) in golden["gradients"].items():
         assert ours[name] == pytest.approx([norm, product], rel=1e-5, abs=1e-6 * max(norm, 1e-3)), name

@@ -1,4 +1,4 @@
-"""Golden numbers of the reference's finetuning and linear probing of MAE, written to mae_finetune.json beside this file.
+"""Golden numbers of the reference's MAE finetuning and linear probing, written to mae_finetune.json beside this file.
 
 Run where github.com/facebookresearch/mae is checked out (its licence is CC-BY-NC; none of its code is here):
     python -m tests.numerics.golden.make_mae_finetune PATH_OF_THE_CHECKOUT
@@ -112,7 +112,8 @@ def rates(schedule: Any, recipe: dict[str, Any]) -> dict[str, float]:
     steps = [0, 1, warm // 2, warm - 1, warm, warm + 1, total // 2, 3 * total // 4, total - 2, total - 1]
     found = {}
     for step in steps:
-        schedule.adjust_learning_rate(optimizer, step % STEPS_PER_EPOCH / STEPS_PER_EPOCH + step // STEPS_PER_EPOCH, args)
+        epoch, within = divmod(step, STEPS_PER_EPOCH)
+        schedule.adjust_learning_rate(optimizer, within / STEPS_PER_EPOCH + epoch, args)
         found[str(step)] = optimizer.param_groups[0]["lr"]
     assert math.isclose(found[str(warm)], recipe["lr"])
     return found
