@@ -17,7 +17,10 @@ def check_classes(ours: Sequence[str], theirs: Sequence[str], where: str, what: 
     if len(ours) != len(theirs):
         absent = [name for name in theirs if name not in ours] or [name for name in ours if name not in theirs]
         first = f"; {absent[0]!r} is in one of them alone" if absent else ""
-        raise InputError(f"{what} has {len(ours)} classes and {where} has {len(theirs)}{first}")
+        raise InputError(
+            f"{what} has {len(ours)} classes and {where} has {len(theirs)}{first}; "
+            "pack the data with the same folders of classes"
+        )
     label = next(index for index, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
     same = "the same classes in another order" if sorted(ours) == sorted(theirs) else "other classes"
     raise InputError(

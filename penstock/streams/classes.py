@@ -17,7 +17,7 @@ def class_names(data: Data) -> tuple[str, ...]:
     sets = [("data.train", data.train)] + ([("data.val", data.val)] if data.val is not None else [])
     for key, manifest in sets:
         if manifest.samples == 0:
-            raise InputError(f"{key}: {manifest.root} holds no sample")
+            raise InputError(f"{key}: {manifest.root} holds no sample; give a packed set with images")
         if manifest.unlabelled:
             raise InputError(
                 f"{key}: {manifest.unlabelled} of {manifest.samples} samples of {manifest.root} have no label; "
