@@ -124,6 +124,7 @@ class Engine:
         self._micro_step = 0
         self._total: Tensor | None = None
         self._stop = torch.zeros(())
+        self._now = math.inf
         self._broadcast_buffers()
         self._sam = Sam(config.sam) if config.sam is not None else None
         self._add_decays()
@@ -140,6 +141,7 @@ class Engine:
             now: nominal time before the step (`Tick.before`); by default every group is open.
         """
         write(self.groups, knobs, now)
+        self._now = now
 
     def begin(self, valid: Tensor, stop: bool = False) -> None:
         """Start a step whose micro-batches on this rank hold `valid` samples of weight > 0 (a float scalar).
@@ -160,7 +162,7 @@ class Engine:
             return
         self._reduce()
         buffers = [(buffer, buffer.clone()) for buffer in self.task.buffers()]
-        params = self._trained()
+        params = self._open()
         if self._sam.climb(params):  # else the gradient is not finite, and step() skips it
             self._micro_step = 0
             yield 1
@@ -200,7 +202,7 @@ class Engine:
         # At stage 0 DeepSpeed would let a NaN into the weights, and does not tell the norm it clips by.
         self._reduce()
         params = self._trained()
-        norm = nn.utils.get_total_norm([param.grad for param in params if param.grad is not None])
+        norm = nn.utils.get_total_norm([param.grad for param in self._open() if param.grad is not None])
         value = float(norm)
         applied = math.isfinite(value)
         if applied:
@@ -212,6 +214,11 @@ class Engine:
 
     def _trained(self) -> list[nn.Parameter]:
         return [param for param in self.task.parameters() if param.requires_grad]
+
+    def _open(self) -> list[nn.Parameter]:
+        """The parameters that this step moves, at stage 0: what has not opened yet takes no part in norms."""
+        open_now = {id(p) for group in self.groups if group["opens"] <= self._now for p in group["params"]}
+        return [param for param in self._trained() if id(param) in open_now]
 
     def _reduce(self) -> None:
         """Average the gradients over the ranks, at stage 0. To do it twice changes nothing."""

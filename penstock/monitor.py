@@ -123,6 +123,10 @@ class Monitor:
         if not tick.first and metric in values and self.stop_early.better(values[metric]) and self.keep:
             self.keep(tick.step)
 
+    def ended(self) -> bool:
+        """Whether a run that ended early stays ended: a resume may have more patience. Collective."""
+        return self.stop_early is not None and self.stop_early.enough
+
     def state(self) -> dict[str, Any]:
         """For the checkpoint: JSON-ready."""
         return {"best": self.stop_early.best, "since": self.stop_early.since} if self.stop_early else {}
@@ -151,7 +155,7 @@ def eval_stream(
         batch=config.batch,
         rank=distributed.rank(),
         world=distributed.world(),
-        workers=min(data.config.workers, 2),
+        workers=data.config.workers,
         limit=config.limit,
         device_type=device_type,
         numbers=numbers,

@@ -44,6 +44,10 @@ class Observer(Protocol):
         """Called at the start and after each step, twice after a last one that it calls the last; True ends the run."""
         ...
 
+    def ended(self) -> bool:
+        """Whether a resumed run that ended early is still to end there."""
+        ...
+
     def state(self) -> dict[str, Any]: ...
 
     def load(self, state: dict[str, Any]) -> None: ...
@@ -106,7 +110,7 @@ def fit(run: Run) -> tuple[bool, int]:
                 run.average.update(engine, tick)
             books.close_step(parts, state, tick)
             if tick.every(run.report_every) or tick.last or state.step == 1:
-                bar.note(_report(run, state, knobs))
+                bar.note(_report(run, state, size, knobs))
             with meters.paused():
                 if not tick.last and run.monitor.observe(tick):
                     state.ended, tick = True, replace(tick, ended=True)
@@ -137,8 +141,10 @@ def _advance(state: State, run: Run, parts: list[Batch], size: int, applied: boo
             )
 
 
-def _report(run: Run, state: State, knobs: dict[str, float]) -> str:
+def _report(run: Run, state: State, size: int, knobs: dict[str, float]) -> str:
     means, speed = run.meters.report()
+    shown = run.stream.knobs_at(state.samples - size)
+    knobs = knobs | {"batch": size, **{f"augment_{name}": value for name, value in shown.items()}}
     values = {f"train/{name}": value for name, value in knobs.items()} | means | speed
     values |= {"progress/samples": state.samples, "progress/epoch": state.samples / run.stream.samples_per_epoch}
     run.tracker.log(state.step, values)
@@ -204,6 +210,7 @@ def _restore(run: Run) -> tuple[State, Books]:
     books.digest.load(saved["digest"])
     run.meters.load(open_sums)
     run.monitor.load(saved["monitor"])
+    state.ended = state.ended and run.monitor.ended()
     run.tracker.event("resumed", state.step, ranks_then=saved["world"], ranks_now=distributed.world())
     if distributed.is_main():
         done = min(state.samples / run.clock.samples, 1.0)

@@ -155,6 +155,9 @@ class _Tensors:
     def batch_at(self, position: int) -> int:
         return self.batch
 
+    def knobs_at(self, position: int) -> dict[str, float]:
+        return {}
+
     def batches(self, since: int, step: int) -> Iterator[Batch]:
         while True:
             yield self._batch

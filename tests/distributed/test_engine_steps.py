@@ -257,6 +257,24 @@ def test_closed_groups_stay_bit_by_bit_and_then_move(ranks, zero, precision):
             assert still == ([True, True, False, False] if name.startswith("backbone.") else [False] * 4), name
 
 
+def norm_of_a_step(rank, world):
+    opens = {name: 10.0 for name, _ in Toy().named_parameters() if name.startswith("backbone")}
+    engine = make(world, SGD, rank, opens=opens, clip=1e-3)
+    batch = toy_batch(torch.arange(rank, BATCH, world))
+    engine.set(KNOBS[0], 0.0)
+    engine.begin(batch.weights.sum())
+    engine.backward(engine.forward(batch, KNOBS[0]))
+    return engine.step().grad_norm
+
+
+def test_what_has_not_opened_takes_no_part_in_the_norm_that_is_clipped(ranks):
+    task = Toy()
+    named = zip(task.named_parameters(), gradients(task, toy_batch(torch.arange(BATCH))), strict=True)
+    squares = [g.square().sum() for (name, _), g in named if not name.startswith("backbone")]
+    for norm in ranks(2).run(norm_of_a_step):
+        assert norm == pytest.approx(float(sum(squares).sqrt()), rel=1e-5)
+
+
 def test_a_name_that_is_not_trained_cannot_open():
     with pytest.raises(ValueError, match="nowhere"):
         parameter_groups(Toy(), opens={"backbone.nowhere": 3.0})

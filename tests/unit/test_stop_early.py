@@ -180,3 +180,12 @@ def decided(rank: int, world: int) -> list[bool]:
 
 def test_ranks_agree(ranks):
     assert ranks(2).run(decided) == [[False, False, True, True]] * 2
+
+
+def test_more_patience_lets_a_run_that_ended_go_on():
+    first = monitor([50.0, 50.0, 50.0], [], patience=1)
+    assert ended(first, 0, 3) is not None and first.ended()
+    for patience, over in ((1, True), (9, False)):
+        resumed = monitor([], [], patience=patience)
+        resumed.load(json.loads(json.dumps(first.state())))
+        assert resumed.ended() is over
