@@ -3,16 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from torch import Tensor
 
 from finetune.confusion import confident_mistakes, confused_pairs, confusion
 from penstock.backbones.batchnorm_health import BatchNormHealth
 from penstock.calibration import calibrate
 from penstock.classification import classification_metrics, judge, per_class_accuracy
 from penstock.evaluate._features import FeatureSet
+from penstock.evaluate._predictions import write_predictions
 from penstock.monitor import StopEarly
 from penstock.reliability import reliability, reliability_diagram
 from penstock.streams.evaluation import EvalStream
@@ -46,12 +43,8 @@ class Report:
         return calibrate(self.logits, self.labels, self.answers.positions, seed).metrics
 
     def write_files(self) -> None:
-        """`predictions.npz` and `per_class.tsv`.
-
-        The first holds positions int64 [n], labels int64 [n] and logits float32 [n, K] of the validation set in order.
-        """
-        columns = {"positions": self.answers.positions, "labels": self.labels, "logits": self.logits}
-        _write(self.folder / "predictions.npz", columns)
+        """`predictions.npz` and `per_class.tsv`."""
+        write_predictions(self.folder / "predictions.npz", self.answers)
         lines = [f"{score:.2f}\t{name}" for name, score in self._by_class()]
         table = self.folder / "per_class.tsv"
         table.write_text("top1\tclass\n" + "\n".join(lines) + "\n", encoding="utf-8")
@@ -157,12 +150,3 @@ def _scaled(figures: Mapping[str, float]) -> str:
 
 def _cut(name: str) -> str:
     return name if len(name) <= LONG else f"{name[: LONG - 3]}..."
-
-
-def _write(path: Path, columns: Mapping[str, Tensor]) -> None:
-    """A .npz that is whole or absent, and holds no pickle."""
-    partial = path.with_name(f".{path.name}.partial")
-    arrays: dict[str, Any] = {name: values.numpy() for name, values in columns.items()}
-    with partial.open("wb") as file:
-        np.savez(file, **arrays)
-    partial.replace(path)

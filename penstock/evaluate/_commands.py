@@ -11,33 +11,70 @@ if TYPE_CHECKING:
     from penstock.backbones import Backbone
     from penstock.streams.manifest import Manifest
 
-DESCRIPTION = """Measure a backbone by kNN and a linear probe on its frozen features. --set changes an evaluation or how
-images are prepared: --set knn.k=10 --set linear.labels_per_class=[1,5] --set augment.crop_pct=1."""
+DESCRIPTION = """Measure an export. A classifier: its accuracy and calibration, with and without the temperature in
+the export (fitted to half of its run's own validation set), on images prepared as the export says. A backbone, or with
+--features: kNN and a linear probe on its frozen features; --set changes an evaluation or how images are prepared, as
+--set knn.k=10 --set linear.labels_per_class=[1,5] --set augment.crop_pct=1."""
 WHOLE_BELOW = 96  # pixels; backbones for smaller images see them whole, larger ones the usual centre crop
+CLASSIFIERS = ("size", "crop_pct", "precision", "predictions")  # options that mean nothing without a classifier
+FEATURES = ("val", "only", "set", "untrained")  # and with one
 
 
 def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = subparsers.add_parser("evaluate", help="kNN and linear probe of a backbone", description=DESCRIPTION)
+    parser = subparsers.add_parser("evaluate", help="measure a classifier or a backbone", description=DESCRIPTION)
     add = parser.add_argument
     add("export", metavar="EXPORT", help="an export folder, a run folder that holds one, or timm:NAME")
     add(
         "data",
         metavar="DATA",
         type=Path,
-        help="folder that holds packed sets `train` and `val`; with --val, a set itself",
+        help="folder that holds packed sets `train` and `val`; for a classifier `val` alone, or a set itself",
     )
+    add("--limit", metavar="N", type=_count, help="at most N images of each set, a fixed subset")
+    add("--batch", metavar="N", type=_count, default=256, help="images per forward (256)")
+    add("--workers", metavar="N", type=int, default=2, help="decoding processes (2)")
+    add("--format", choices=("table", "json"), default="table")
+    add = parser.add_argument_group("a classifier").add_argument
+    add("--size", metavar="PIXELS", type=_count, help="side of the images (the export's test size)")
+    add("--crop-pct", metavar="SHARE", type=float, help="share of the short side that is seen (as the export says)")
+    add("--precision", choices=("fp32", "bf16"), help="bf16: under autocast (fp32)")
+    add("--predictions", metavar="FILE.npz", type=Path, help="keep positions, labels and logits")
+    add = parser.add_argument_group("features").add_argument
+    add("--features", action="store_true", help="measure a classifier's backbone instead")
     add("--val", metavar="DIR", type=Path, help="the packed set that is classified; DATA is then the one learned from")
     add("--only", metavar="NAME", action="append", help="leave the other evaluations out; may be repeated")
     add("--set", metavar="KEY=VALUE", action="append", default=[], help="an option, as knn.k=10; may be repeated")
     add("--untrained", action="store_true", help="random weights in the same architecture: the baseline")
-    add("--limit", metavar="N", type=int, help="at most N images of each set, a fixed subset")
-    add("--batch", metavar="N", type=int, default=256, help="images per forward (256)")
-    add("--workers", metavar="N", type=int, default=2, help="decoding processes (2)")
-    add("--format", choices=("table", "json"), default="table")
     parser.set_defaults(run=_evaluate)
 
 
+def _count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not above 0")
+    return number
+
+
 def _evaluate(args: argparse.Namespace) -> int:
+    from penstock.export import read_about
+
+    export = _folder(args.export)
+    if export is None or args.features or "classes" not in read_about(export):
+        _refuse(args, CLASSIFIERS, "of a classifier's accuracy, but features are measured here; leave it out")
+        return _evaluate_features(args, export)
+    _refuse(args, FEATURES, f"of features, but {export} is a classifier; add --features to measure its backbone")
+    from penstock.evaluate._classifier import evaluate_classifier
+
+    evaluate_classifier(args, export)
+    return DONE
+
+
+def _refuse(args: argparse.Namespace, options: tuple[str, ...], why: str) -> None:
+    for option in options:
+        if getattr(args, option) not in (None, False, []):
+            raise InputError(f"--{option.replace('_', '-')} is an option {why}")
+
+
+def _evaluate_features(args: argparse.Namespace, export: Path | None) -> int:
     folders = {"train": args.data / "train", "val": args.data / "val"}
     if args.val is not None:
         folders = {"train": args.data, "val": args.val}
@@ -51,7 +88,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     manifests = {name: Manifest.load(folder) for name, folder in folders.items()}
     _check_labels(manifests)
-    backbone = _open(args.export, args.untrained)
+    backbone = _open(args.export, export, args.untrained)
     settings = _settings(args.only, args.set, backbone)
     augment = settings.pop("augment")
     device = distributed.device()
@@ -79,20 +116,28 @@ def _evaluate(args: argparse.Namespace) -> int:
     return DONE
 
 
-def _open(export: str, untrained: bool) -> "Backbone":
+def _folder(export: str) -> Path | None:
+    """The export folder that is meant; None for timm's own weights."""
+    from penstock.backbones.weights import CONFIG_FILE
+
+    if export.startswith("timm:"):
+        return None
+    for folder in (Path(export), Path(export, "export")):
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+    raise InputError(f"{export} is no export and holds none; give an export or run folder, or timm:NAME")
+
+
+def _open(name: str, export: Path | None, untrained: bool) -> "Backbone":
     import torch
 
     from penstock.backbones import Backbone
-    from penstock.export import CONFIG_FILE, load_export
+    from penstock.export import load_export
 
     torch.manual_seed(0)
-    if export.startswith("timm:"):
-        name = export.removeprefix("timm:")
-        return Backbone(_config(name, None if untrained else "timm"))
-    candidates = [folder for folder in (Path(export), Path(export, "export")) if (folder / CONFIG_FILE).is_file()]
-    if not candidates:
-        raise InputError(f"{export} is no export and holds none; give an export or run folder, or timm:NAME")
-    backbone = load_export(candidates[0])
+    if export is None:
+        return Backbone(_config(name.removeprefix("timm:"), None if untrained else "timm"))
+    backbone = load_export(export)
     return Backbone(backbone.config.model_copy(update={"weights": None})) if untrained else backbone
 
 
