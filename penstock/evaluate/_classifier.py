@@ -199,7 +199,7 @@ def _print(title: str, measured: Measured) -> None:
         rows.append((name.upper(), form.format(metrics[name]) + scaled))
     scores = sorted((score, name) for name, score in measured.per_class.items() if score is not None)
     rows.append(
-        ("worst classes" if len(scores) > WORST else "classes", ", ".join(f"{n} {s:.1f} %" for s, n in scores[:WORST]))
+        ("worst classes" if len(scores) > WORST else "classes", ", ".join(f"{n}: {s:.1f} %" for s, n in scores[:WORST]))
     )
     if absent := len(measured.per_class) - len(scores):
         rows.append(("", f"{absent:,} of {len(measured.per_class):,} classes have no image"))
