@@ -65,10 +65,14 @@ def early_stopping_has_measurements(recipe: Any) -> Iterator[str]:
         )
 
 
-def data_is_here(recipe: Any) -> Iterator[str]:
+def inputs_are_here(recipe: Any) -> Iterator[str]:
+    """What a run reads; a login node need not hold it."""
     for name, folder in (("train", recipe.data.train), ("val", recipe.data.val)):
         if folder is not None and not folder.exists():
             yield f"data.{name}: there is no {folder} here; pack it with `penstock shards pack IMAGES {folder}`"
+    weights = recipe.backbone.weights
+    if weights not in (None, "timm") and not Path(weights).expanduser().exists():
+        yield f"backbone.weights: there is no file or folder {weights!r}; 'timm' loads timm's own weights"
 
 
 class Recipe(Block):
@@ -97,7 +101,7 @@ class Recipe(Block):
         weights_have_a_start,
         evaluations_have_data,
         early_stopping_has_measurements,
-        data_is_here,
+        inputs_are_here,
     )
     own_metrics: ClassVar[frozenset[str]] = frozenset()  # what the stage measures by itself, as it is tracked
 
@@ -151,12 +155,12 @@ def main(stage: str, model: type[Recipe], start: Start, argv: Sequence[str] | No
             return DONE if args.help else INPUT_WRONG
         source = load(args.recipe, args.overrides)
         looking = args.check or args.explain  # a login node need not hold the data
-        recipe = check(model, source, without=(data_is_here,) if looking else ())
+        recipe = check(model, source, without=(inputs_are_here,) if looking else ())
         if args.explain:
             _explain(recipe, source)
         if args.check:
             print(f"{args.recipe}: good. {recipe.name}: {recipe.duration} in batches of {recipe.batch}")
-            for absent in data_is_here(recipe):
+            for absent in inputs_are_here(recipe):
                 print(f"but {absent}")
         return DONE if looking else _exit(start(recipe, args.find_lr))
     except InputError as error:

@@ -75,13 +75,6 @@ class Backbone(nn.Module):
                 raise ValueError(f"{key!r} is set by backbone.{field}" if field else f"{key!r} is always set here")
             return options
 
-        @field_validator("weights")
-        @classmethod
-        def _exists(cls, weights: str | None) -> str | None:
-            if weights not in (None, "timm") and not Path(str(weights)).expanduser().exists():
-                raise ValueError(f"there is no file or folder {weights!r}; 'timm' loads timm's own weights")
-            return weights
-
         @field_validator("std")
         @classmethod
         def _positive(cls, std: tuple[float, ...]) -> tuple[float, ...]:

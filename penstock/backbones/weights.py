@@ -119,6 +119,8 @@ def grouped(names: Iterable[str], most: int = 8) -> str:
 def read_weights(path: Path) -> tuple[dict[str, Tensor], tuple[int, int] | None, str]:
     """Tensors by the file's names, the image size they were made for where the file says it, and what wrapped them."""
     size = None
+    if not path.exists():
+        raise InputError(f"there is no file or folder {path}; give an export folder or a checkpoint file")
     if path.is_dir():
         if not (path / WEIGHTS_FILE).is_file():
             raise InputError(f"{path} holds no {WEIGHTS_FILE}; give an export folder or a checkpoint file")

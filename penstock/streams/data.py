@@ -24,6 +24,9 @@ class Data:
         workers: int = Field(2, ge=0, description="decoding processes per rank; 0 decodes in the training process")
         prefetch: int = Field(4, ge=1, description="micro-batches each worker prepares ahead")
         cache: Literal["none", "ram"] = Field("none", description="ram keeps decoded images, for sets that fit")
+        decode: Literal["smaller", "whole"] = Field(
+            "smaller", description="smaller: large JPEGs at 1/2, 1/4 or 1/8 where no view needs more"
+        )
         max_bad: float = Field(0.001, ge=0, le=1, description="share of unreadable samples above which a run stops")
         ledger: bool = Field(False, description="record every sample consumed in the run folder")
         lanes: int = Field(64, ge=1, description="places of the data read side by side; best a multiple of the ranks")

@@ -33,11 +33,14 @@ class Images:
     Args:
         channels: 3 for RGB, 1 for greyscale.
         cache: "ram" keeps every decoded image, for sets that fit into memory.
+        smaller: whether JPEGs may be decoded at a fraction of their size where a view needs no more.
     """
 
-    def __init__(self, manifest: Manifest, channels: int = 3, cache: Literal["none", "ram"] = "none"):
+    def __init__(
+        self, manifest: Manifest, channels: int = 3, cache: Literal["none", "ram"] = "none", smaller: bool = True
+    ):
         manifest.check_files()
-        self.manifest, self.channels = manifest, channels
+        self.manifest, self.channels, self.smaller = manifest, channels, smaller
         self.reader = ShardReader(manifest)
         self._cache = _PixelCache(self.reader, channels) if cache == "ram" else None
 
@@ -48,7 +51,7 @@ class Images:
         if image is None:
             try:
                 data = self.reader.payload(shard, record)
-                if factor_of is None or self._cache:
+                if factor_of is None or self._cache or not self.smaller:
                     image = decode(data, self.channels)
                 else:
                     image, whole = decode_smaller(data, self.channels, factor_of)

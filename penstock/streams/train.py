@@ -59,7 +59,7 @@ class TrainStream:
         _check_divisible(batch, accumulation, world, growth)
         self.config, self.augment, self.seed, self.device_type = data, augment, seed, device_type
         self.manifest = Manifest.load(data.train)
-        self.images = Images(self.manifest, data.channels, data.cache)
+        self.images = Images(self.manifest, data.channels, data.cache, data.decode == "smaller")
         self.part = Part(self.images.reader, data.labels, seed, data.repeats)
         self.order = Order(self.part.sizes, seed, data.block, data.lanes, data.window)
         self.batch, self.accumulation, self.rank, self.world = batch, accumulation, rank, world

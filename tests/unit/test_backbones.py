@@ -63,7 +63,6 @@ def test_facts() -> None:
         ({"name": PLAIN, "size": (32, 20), "options": {"patch_size": 8}}, r"\[32, 16\] would do"),
         ({"name": PLAIN, "options": {"img_size": 32}}, "backbone.size"),
         ({"name": PLAIN, "options": {"num_classes": 10}}, "always set"),
-        ({"name": PLAIN, "weights": "/nowhere/at.all"}, "there is no file or folder"),
         ({"name": PLAIN, "channels": 2, "mean": (0.5, 0.5, 0.4)}, "mean: 3 values for 2 channels"),
         ({"name": PLAIN, "std": (0.0,)}, "above 0"),
         ({"name": PLAIN, "patch": 8}, "Extra inputs"),

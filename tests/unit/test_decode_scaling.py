@@ -231,6 +231,7 @@ def test_whole_images_give_the_pixels_they_always_gave(folder):
 def test_a_cache_and_what_draws_no_box_decode_whole(folder, monkeypatch):
     monkeypatch.setattr(images_module, "decode_smaller", lambda *_: pytest.fail("decoded smaller"))
     views_of(stream(folder, cache="ram"), steps=2)
+    views_of(stream(folder, decode="whole"), steps=2)
     images, augment = Images(ours := stream(folder).manifest), ResizeCrop(ResizeCrop.Config(size=16))
     served = torch.cat([batch.views[0] for batch in EvalStream(images, augment, batch=8)])
     assert len(served) == ours.samples
