@@ -137,24 +137,24 @@ def _by_name(
 
 
 def _probe(backbone: Backbone, classes: int, train: Iterable[Batch], seed: int) -> tuple[Tensor, Tensor, str]:
-    """LP-FT (Kumar et al. 2022): the weights of a linear probe of the backbone as it is, in eval mode."""
+    """LP-FT (Kumar et al. 2022): a linear probe, with a penalty, of the backbone as it is, in eval mode."""
+    from finetune.logistic import Logistic, fit
     from penstock.evaluate._features import check_labels, extract
-    from penstock.evaluate.linear import LinearProbe
 
     device = distributed.device()
     features = extract(backbone.to(device), train, device)
     check_labels(features, features)
     if int(features.labels.max()) >= classes:
         raise InputError(f"label {int(features.labels.max())} is out of range: there are {classes} classes")
-    fitted = None
-    if distributed.is_main():
-        probe = LinearProbe(LinearProbe.Config(seed=seed)).fit(features, classes)
-        fitted = (*probe.linear(), probe.rate)
-    weight, bias, rate = distributed.broadcast(fitted)
-    right = (features.features @ weight.T + bias).argmax(1) == features.labels
-    share = 100 * right.double().mean().item()
-    said = f"the head starts as a linear probe of {len(features)} training images (rate {rate:g}), {share:.1f} % right"
-    return weight, bias, said
+    if len(features) < 2:
+        raise InputError("head.init: a probe needs at least 2 labelled training images; set head.init=random")
+    probe: Logistic = distributed.broadcast(fit(features, classes, seed) if distributed.is_main() else None)
+    right = probe(features.features).argmax(1) == features.labels
+    said = (
+        f"the head starts as a linear probe of {len(features)} training images (penalty {probe.penalty:g}), "
+        f"{100 * right.double().mean().item():.1f} % right"
+    )
+    return probe.weight, probe.bias, said
 
 
 def _only_linear(head: Head, what: str) -> None:

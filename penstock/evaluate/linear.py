@@ -48,15 +48,6 @@ class Fitted:
         """Logits [n, C] of features [n, D] on the CPU."""
         return self.coordinates(features).to(self.weight.device) @ self.weight + self.bias
 
-    def linear(self) -> tuple[Tensor, Tensor]:
-        """The same classifier of the features themselves: weight [C, D] and bias [C], fp32 on the CPU."""
-        weight = self.weight.cpu().double()
-        if self.coordinates.axes is not None:
-            weight = self.coordinates.axes.double() @ weight
-        weight = self.coordinates.scale.double()[:, None] * weight
-        bias = self.bias.cpu().double() - self.coordinates.mean.double() @ weight
-        return weight.T.float().contiguous(), bias.float()
-
 
 class LinearProbe:
     """Softmax regression by SGD with a cosine schedule; figures are of the last epoch.

@@ -1,5 +1,6 @@
 """Heads: what they compute, what they start from, and that named classes keep their logits."""
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from finetune import logistic
 from finetune.head_init import initialise
 from penstock import export
 from penstock.backbones import Backbone, Features
 from penstock.class_names import check_classes, imagenet_names, match_classes
 from penstock.errors import InputError
-from penstock.evaluate._features import extract
+from penstock.evaluate._features import FeatureSet, extract
 from penstock.head import Head
 from penstock.streams.batch import Batch
 from tests.unit.test_export import VIT, made
@@ -197,8 +199,6 @@ def labelled(backbone: Backbone, count: int, classes: int) -> list[Batch]:
 
 @pytest.mark.parametrize("fields", [{**VIT, "size": 16}, CNN])
 def test_a_probed_head_gives_the_probes_logits(fields: dict[str, Any]) -> None:
-    from penstock.evaluate.linear import LinearProbe
-
     torch.manual_seed(0)
     backbone = Backbone(Backbone.Config(**fields)).train()
     batches = labelled(backbone, 96, 4)
@@ -207,7 +207,7 @@ def test_a_probed_head_gives_the_probes_logits(fields: dict[str, Any]) -> None:
     said = initialise(head, backbone, ["a", "b", "c", "d", "never"], lambda: batches)
     assert backbone.training and all(torch.equal(v, before[n]) for n, v in backbone.state_dict().items())
     features = extract(backbone, batches, torch.device("cpu"))
-    probe = LinearProbe(LinearProbe.Config()).fit(features, 5)
+    probe = logistic.fit(features, 5)
     with torch.no_grad():
         got = head(Features(features.features, torch.empty(0)))
     torch.testing.assert_close(got, probe(features.features), rtol=1e-3, atol=1e-3)
@@ -215,16 +215,89 @@ def test_a_probed_head_gives_the_probes_logits(fields: dict[str, Any]) -> None:
     assert right > 0.9 and f"{100 * right:.1f} % right" in said and "96 training images" in said
 
 
-@pytest.mark.parametrize("whitened", [False, True])
-def test_folded_coordinates_equal_the_probe(whitened: bool) -> None:
-    from penstock.evaluate.linear import Fitted, _standardiser, _whitener
+def lopsided(count: int = 400, classes: int = 4, dim: int = 24, seed: int = 0) -> FeatureSet:
+    """Features far from 0, of which most dimensions hardly vary, yet tell the classes apart as the others do."""
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % classes
+    centres = torch.randn(classes, dim, generator=torch.Generator().manual_seed(9))
+    scale = torch.cat([torch.ones(8), torch.full((dim - 8,), 1e-3)])
+    rows = (centres[labels] + 0.8 * torch.randn(count, dim, generator=draw)) * scale + 3
+    return FeatureSet(rows, labels, torch.arange(count))
 
-    features = torch.randn(50, 6) @ torch.randn(6, 6) * 5 + 3
-    features[:, 2] = 1.25  # a dimension that does not vary
-    coordinates = (_whitener if whitened else _standardiser)(features)
-    probe = Fitted(coordinates, torch.randn(6, 3), torch.randn(3), 0.1, whitened)
-    weight, bias = probe.linear()
-    torch.testing.assert_close(features @ weight.T + bias, probe(features), rtol=1e-4, atol=1e-4)
+
+def test_the_probe_is_that_of_scikit_learn() -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    train = lopsided()
+    probe = logistic.fit(train, 4)
+    x = train.features.double()
+    deviation = x.var(0, correction=0).mean().sqrt()
+    theirs = LogisticRegression(C=1 / (probe.penalty * len(x)), tol=1e-8, max_iter=5000)
+    theirs.fit(((x - x.mean(0)) / deviation).numpy(), train.labels.numpy())
+    weight = torch.from_numpy(theirs.coef_) / deviation
+    torch.testing.assert_close(probe.weight.double(), weight, rtol=1e-3, atol=1e-3 * weight.abs().max().item())
+    want = torch.from_numpy(theirs.decision_function(((x - x.mean(0)) / deviation).numpy()))
+    got = probe(train.features).double()
+    torch.testing.assert_close(got - got.mean(1, True), want - want.mean(1, True), rtol=1e-3, atol=2e-3)
+
+
+def test_the_penalty_is_the_strongest_within_a_point() -> None:
+    """Against scikit-learn's accuracy on the held-out tenth at every penalty."""
+    from sklearn.linear_model import LogisticRegression
+
+    from penstock.evaluate._features import keyed_order
+
+    train = lopsided(600, seed=3)
+    order, x = keyed_order(train, 0), train.features.double()
+    x = ((x - x.mean(0)) / x.var(0, correction=0).mean().sqrt()).numpy()
+    held, rest = order[:60].numpy(), order[60:].numpy()
+    tops = {}
+    for penalty in logistic.PENALTIES:
+        fitted = LogisticRegression(C=1 / (penalty * len(rest)), tol=1e-6, max_iter=5000)
+        tops[penalty] = 100 * fitted.fit(x[rest], train.labels[rest]).score(x[held], train.labels[held])
+    fits = [penalty for penalty, top in tops.items() if top >= max(tops.values()) - 1]
+    assert logistic.fit(train, 4).penalty == max(fits)
+    assert len({round(top) for top in tops.values()}) > 1  # else any would do
+
+
+def test_large_sets_go_through_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = lopsided(100)
+    whole = logistic.minimum(train.features, train.labels, 0.1, torch.zeros(25, 4, dtype=torch.float64))
+    monkeypatch.setattr(logistic, "ROWS", 33)
+    parts = logistic.minimum(train.features, train.labels, 0.1, torch.zeros(25, 4, dtype=torch.float64))
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-4)
+
+
+def test_the_first_steps_of_finetuning_leave_the_probe_alone() -> None:
+    """Weights folded back from standardised features are in the hundreds here, and lose everything in five steps."""
+    train, val = lopsided(), lopsided(seed=1)
+    net = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 4))  # a backbone and its head
+    nn.init.eye_(net[0].weight), nn.init.zeros_(net[0].bias)
+
+    def top(weight: Tensor, bias: Tensor) -> tuple[float, float]:
+        """Accuracy on other samples, before and after five steps of all weights."""
+        module = copy.deepcopy(net)
+        with torch.no_grad():
+            module[1].weight.copy_(weight), module[1].bias.copy_(bias)
+        optimizer, found = torch.optim.AdamW(module.parameters(), lr=1e-3), []
+        for step in range(6):
+            found.append((module(val.features).argmax(1) == val.labels).double().mean().item())
+            rows = slice(32 * step, 32 * step + 32)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(module(train.features[rows]), train.labels[rows]).backward()
+            optimizer.step()
+        return found[0], found[-1]
+
+    probe = logistic.fit(train, 4)
+    before, after = top(probe.weight, probe.bias)
+    assert probe.weight.norm() < 20 and before > 0.8 and after > before - 0.03
+    deviation, mean = torch.std_mean(train.features, 0)
+    standard = logistic.minimum(
+        (train.features - mean) / deviation, train.labels, 1e-6, torch.zeros(25, 4, dtype=torch.float64)
+    ).float()
+    weight = standard[:-1].T / deviation
+    before, after = top(weight, standard[-1] - weight @ mean)
+    assert weight.norm() > 500 and before > 0.8 and after < before - 0.3
 
 
 def test_a_probe_wants_a_linear_head_and_labels() -> None:
@@ -236,3 +309,6 @@ def test_a_probe_wants_a_linear_head_and_labels() -> None:
         initialise(head_of(backbone, kind="attentive", init="probe"), backbone, ANIMALS, no_images)
     with pytest.raises(InputError, match="label 3 is out of range: there are 2 classes"):
         initialise(head_of(backbone, 2, init="probe"), backbone, ["a", "b"], lambda: batches)
+    one = [Batch([b.views[0][:1]], b.labels[:1], b.weights[:1], b.positions[:1]) for b in batches[:1]]
+    with pytest.raises(InputError, match="at least 2 labelled training images"):
+        initialise(head_of(backbone, init="probe"), backbone, ANIMALS, lambda: one)
