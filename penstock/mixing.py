@@ -17,7 +17,7 @@ from torch import Tensor
 
 from penstock import keyed
 from penstock.recipe import Block
-from penstock.schedule import Clock, Duration, Knob, Length, value_at
+from penstock.schedule import Clock, Duration, Knob, Length, bounds, value_at
 
 MIX = 0x3171  # the stream of random numbers that mixing draws from
 DRAWS = 6  # mix at all, cut or blend, two for the share kept, the box's centre
@@ -86,8 +86,10 @@ class Mixing:
         @classmethod
         def _in_range(cls, knob: Any, info: Any) -> Any:
             most = 1.0 if info.field_name == "prob" else math.inf
-            if isinstance(knob, (int, float)) and not 0 <= knob <= most:
-                raise ValueError("a share lies between 0 and 1" if most == 1.0 else "alpha must not be negative")
+            for value in bounds(knob):
+                if not 0 <= value <= most:
+                    rule = "a share lies between 0 and 1" if most == 1.0 else "alpha must not be negative"
+                    raise ValueError(f"{rule}, and this one reaches {value:g}")
             return knob
 
         @model_validator(mode="after")

@@ -241,6 +241,18 @@ def value_at(knob: Any, step: float, clock: Clock) -> float:
     return float(knob) if isinstance(knob, (int, float)) else knob.at(step, clock)
 
 
+def bounds(knob: Any) -> list[float]:
+    """Numbers that bound a knob's values from both sides, and that it takes or tends to."""
+    if isinstance(knob, (int, float)):
+        return [float(knob)]
+    values = [knob.start, *([knob.warmup_from] if knob.warmup.amount > 0 else [])]
+    if knob.name == "step":
+        return values + (knob.values or [knob.start * knob.factor ** len(knob.milestones)])
+    if knob.name == "one_cycle":
+        values.append(knob.top)
+    return values if knob.name == "constant" else [*values, knob.end]
+
+
 def knobs_of(config: BaseModel) -> dict[str, Any]:
     """The fields of a component's config that are knobs (a number or a curve), by name."""
     fields = type(config).model_fields

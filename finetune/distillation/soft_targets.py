@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from penstock.recipe import Block
-from penstock.schedule import Knob
+from penstock.schedule import Knob, bounds
 
 
 class SoftTargets:
@@ -25,8 +25,11 @@ class SoftTargets:
         @field_validator("temperature")
         @classmethod
         def _positive(cls, knob: Any) -> Any:
-            if isinstance(knob, (int, float)) and knob <= 0:
-                raise ValueError("a temperature must be above 0")
+            least = min(bounds(knob))
+            if least <= 0:
+                raise ValueError(
+                    f"a temperature must be above 0, and this one reaches {least:g}; set the end of its curve"
+                )
             return knob
 
     def __init__(self, config: Config):

@@ -15,7 +15,7 @@ from penstock.backbones import Backbone
 from penstock.class_names import check_classes
 from penstock.errors import InputError
 from penstock.recipe import Block
-from penstock.schedule import Knob
+from penstock.schedule import Knob, bounds
 from penstock.streams.batch import Batch
 from penstock.task import StepOutput
 
@@ -42,15 +42,19 @@ class Distill(Classify):
         @field_validator("weight")
         @classmethod
         def _share(cls, weight: Any) -> Any:
-            if isinstance(weight, (int, float)) and not 0 <= weight <= 1:
-                raise ValueError("a share lies between 0 and 1")
+            for value in bounds(weight):
+                if not 0 <= value <= 1:
+                    raise ValueError(f"a share lies between 0 and 1, and this one reaches {value:g}")
             return weight
 
         @field_validator("temperature")
         @classmethod
         def _positive(cls, temperature: Any) -> Any:
-            if isinstance(temperature, (int, float)) and temperature <= 0:
-                raise ValueError("a temperature must be above 0")
+            least = min(bounds(temperature))
+            if least <= 0:
+                raise ValueError(
+                    f"a temperature must be above 0, and this one reaches {least:g}; set the end of its curve"
+                )
             return temperature
 
     def __init__(self, config: "Distill.Config", pieces: Pieces):

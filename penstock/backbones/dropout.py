@@ -14,7 +14,7 @@ from torch import nn
 from penstock.backbones import names
 from penstock.errors import InputError
 from penstock.recipe import Block
-from penstock.schedule import Knob
+from penstock.schedule import Knob, bounds
 
 # timm's argument for each kind, and what it is. `head` is ours: the backbone has no classifier.
 ARGUMENTS = {
@@ -59,7 +59,7 @@ class Drop:
         @model_validator(mode="after")
         def _probabilities(self) -> "Drop.Config":
             for kind in ("head", *ARGUMENTS):
-                for value in _reaches(getattr(self, kind)):
+                for value in bounds(getattr(self, kind)):
                     if not 0 <= value < 1:
                         raise ValueError(f"{kind}: a probability lies in [0, 1), and this one reaches {value:g}")
             return self
@@ -124,7 +124,7 @@ class Place:
 
 def largest(knob: Any) -> float:
     """The largest value a knob takes over any run."""
-    return max(_reaches(knob))
+    return max(bounds(knob))
 
 
 def drop_rules(recipe: Any) -> Iterator[str]:
@@ -141,18 +141,6 @@ def drop_rules(recipe: Any) -> Iterator[str]:
                 f"drop.{kind}: under engine.compile every change compiles the model anew; use a number, a curve with "
                 "name: step, or engine.compile=false"
             )
-
-
-def _reaches(knob: Any) -> list[float]:
-    """Numbers that bound a knob's values from both sides, and that it takes or tends to."""
-    if isinstance(knob, (int, float)):
-        return [float(knob)]
-    values = [knob.start, *([knob.warmup_from] if knob.warmup.amount > 0 else [])]
-    if knob.name == "step":
-        return values + (knob.values or [knob.start * knob.factor ** len(knob.milestones)])
-    if knob.name == "one_cycle":
-        values.append(knob.top)
-    return values if knob.name == "constant" else [*values, knob.end]
 
 
 def _found(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:

@@ -275,7 +275,16 @@ def test_weight_and_temperature_follow_curves(tmp_path):
         assert found == pytest.approx(loss_by_hand(task, batch, weight, temperature), rel=1e-5)
 
 
-@pytest.mark.parametrize(("key", "value"), [("temperature", 0), ("temperature", -1.0), ("weight", 1.5)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("temperature", 0),
+        ("temperature", -1.0),
+        ("temperature", {"name": "cosine", "start": 4.0}),  # ends at 0
+        ("weight", 1.5),
+        ("weight", {"name": "linear", "start": 0.5, "end": -0.5}),
+    ],
+)
 def test_values_without_meaning_are_refused_by_the_check(tmp_path, key, value):
     with pytest.raises(ValueError, match=key):
         Distill.Config(teacher=str(tmp_path), **{key: value})
