@@ -10,7 +10,7 @@ from finetune.folding import folding_has_batchnorm
 from finetune.tasks import TASKS
 from penstock.backbones.backbone import Backbone
 from penstock.backbones.batchnorm import BatchNorms
-from penstock.backbones.dropout import Drop, drop_rules
+from penstock.backbones.dropout import ARGUMENTS, Drop, drop_rules, largest
 from penstock.head import Head
 from penstock.mixing import Mixing
 from penstock.recipe import one_of
@@ -57,6 +57,20 @@ def frozen_statistics_stay(recipe: Any) -> Iterator[str]:
         )
 
 
+def frozen_backbone_takes_no_options(recipe: Any) -> Iterator[str]:
+    """With transfer=head the backbone neither trains nor drops anything, so what is said of it would do nothing."""
+    if recipe.transfer.name != "head":
+        return
+    idle = {"optim.l2_sp": (recipe.optim.pulls, 0), "optim.layer_decay": (recipe.optim.layer_decay < 1, 1)}
+    idle |= {f"drop.{kind}": (largest(getattr(recipe.drop, kind)) > 0, 0) for kind in ARGUMENTS}
+    for key, (on, off) in idle.items():
+        if on:
+            yield (
+                f"{key}: with transfer=head the backbone is frozen and in eval mode, so this would do nothing; "
+                f"set {key}={off}, or train the backbone (transfer=full)"
+            )
+
+
 class Finetune(Recipe):
     """A classifier made of a backbone."""
 
@@ -83,5 +97,6 @@ class Finetune(Recipe):
         folding_has_batchnorm,
         accuracy_is_measured_to_stop_early,
         frozen_statistics_stay,
+        frozen_backbone_takes_no_options,
     )
     own_metrics = ACCURACY_METRICS

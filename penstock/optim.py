@@ -43,7 +43,11 @@ class Optim:
 
     class Config(Block):
         name: str = Field("adamw", description="any timm optimizer")
-        lr: float | None = Field(None, gt=0, description="peak learning rate; or give base_lr")
+        lr: float | None = Field(
+            None,
+            gt=0,
+            description="peak learning rate whatever the batch; only base_lr grows with it (and batch_growth)",
+        )
         base_lr: float | None = Field(None, gt=0, description="peak learning rate for a batch of `per`")
         per: int = Field(256, gt=0, description="the batch that base_lr is for")
         scaling: Literal["linear", "sqrt"] = Field("linear", description="how base_lr grows with the batch")
