@@ -31,7 +31,7 @@ def recipe(folder: Path, **blocks: Any) -> Source:
     return Source(plain | blocks)
 
 
-IDLE = {
+IDLE: dict[str, dict[str, Any]] = {
     "optim.l2_sp": {"optim": {"lr": 0.1, "l2_sp": 0.01}},
     "optim.layer_decay": {"optim": {"lr": 0.1, "layer_decay": 0.75}},
     "drop.path": {"drop": {"path": {"name": "linear", "start": 0.0, "end": 0.1}}},

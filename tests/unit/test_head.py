@@ -1,6 +1,5 @@
 """Heads: what they compute, what they start from, and that named classes keep their logits."""
 
-import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -248,8 +247,8 @@ def test_the_penalty_is_the_strongest_within_a_point() -> None:
     from penstock.evaluate._features import keyed_order
 
     train = lopsided(600, seed=3)
-    order, x = keyed_order(train, 0), train.features.double()
-    x = ((x - x.mean(0)) / x.var(0, correction=0).mean().sqrt()).numpy()
+    order, rows = keyed_order(train, 0), train.features.double()
+    x = ((rows - rows.mean(0)) / rows.var(0, correction=0).mean().sqrt()).numpy()
     held, rest = order[:60].numpy(), order[60:].numpy()
     tops = {}
     for penalty in logistic.PENALTIES:
@@ -271,14 +270,14 @@ def test_large_sets_go_through_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_first_steps_of_finetuning_leave_the_probe_alone() -> None:
     """Weights folded back from standardised features are in the hundreds here, and lose everything in five steps."""
     train, val = lopsided(), lopsided(seed=1)
-    net = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 4))  # a backbone and its head
-    nn.init.eye_(net[0].weight), nn.init.zeros_(net[0].bias)
 
     def top(weight: Tensor, bias: Tensor) -> tuple[float, float]:
         """Accuracy on other samples, before and after five steps of all weights."""
-        module = copy.deepcopy(net)
+        backbone, head = nn.Linear(24, 24), nn.Linear(24, 4)
         with torch.no_grad():
-            module[1].weight.copy_(weight), module[1].bias.copy_(bias)
+            backbone.weight.copy_(torch.eye(24)), backbone.bias.zero_()
+            head.weight.copy_(weight), head.bias.copy_(bias)
+        module = nn.Sequential(backbone, head)
         optimizer, found = torch.optim.AdamW(module.parameters(), lr=1e-3), []
         for step in range(6):
             found.append((module(val.features).argmax(1) == val.labels).double().mean().item())
