@@ -128,7 +128,8 @@ def smaller(path: Path, packed_set: Path, out: Path) -> list[str]:
     """Overrides that make the recipe two steps of a small network, on the stand-in set; its combinations stay."""
     recipe = checked(path, here(path, packed_set))
     overrides = [*here(path, packed_set), f"out={out}", "duration=2 steps", "tracking.enabled=false", "data.workers=0"]
-    overrides += [f"batch={4 * recipe.engine.accumulation}", "engine.compile=false"]  # compiling needs a compiler
+    batch = 4 * recipe.engine.accumulation * (2 if recipe.batch_growth > 1 else 1)
+    overrides += [f"batch={batch}", "data.labels=null", "engine.compile=false"]  # compiling needs a compiler
     overrides += ["monitor.at_start=false", "monitor.batch=6"]
     if recipe.average.name != "none":
         overrides += ["average.every=1", "average.start=1 steps"]
