@@ -12,6 +12,14 @@ from penstock.recipe import Block
 from penstock.schedule import Knob, bounds
 
 
+def above_zero(knob: Any) -> Any:
+    """A temperature that stays above 0 on its curve; a validator."""
+    least = min(bounds(knob))
+    if least <= 0:
+        raise ValueError(f"a temperature must be above 0, and this one reaches {least:g}; set the end of its curve")
+    return knob
+
+
 class SoftTargets:
     """T^2 KL(teacher || student) of the softmax at temperature T, summed over the classes.
 
@@ -22,15 +30,7 @@ class SoftTargets:
         name: Literal["soft_targets"] = "soft_targets"
         temperature: Knob = Field(1.0, description="divides both logits; above 1 the unlikely classes say more")
 
-        @field_validator("temperature")
-        @classmethod
-        def _positive(cls, knob: Any) -> Any:
-            least = min(bounds(knob))
-            if least <= 0:
-                raise ValueError(
-                    f"a temperature must be above 0, and this one reaches {least:g}; set the end of its curve"
-                )
-            return knob
+        _positive = field_validator("temperature")(above_zero)
 
     def __init__(self, config: Config):
         self.config = config

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from finetune.distillation.soft_targets import SoftTargets
+from finetune.distillation.soft_targets import SoftTargets, above_zero
 from finetune.tasks import Pieces
 from finetune.tasks.classify import Apart, Classify
 from penstock.backbones import Backbone
@@ -47,15 +47,7 @@ class Distill(Classify):
                     raise ValueError(f"a share lies between 0 and 1, and this one reaches {value:g}")
             return weight
 
-        @field_validator("temperature")
-        @classmethod
-        def _positive(cls, temperature: Any) -> Any:
-            least = min(bounds(temperature))
-            if least <= 0:
-                raise ValueError(
-                    f"a temperature must be above 0, and this one reaches {least:g}; set the end of its curve"
-                )
-            return temperature
+        _positive = field_validator("temperature")(above_zero)
 
     def __init__(self, config: "Distill.Config", pieces: Pieces):
         super().__init__(config, pieces)
