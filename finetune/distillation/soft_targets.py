@@ -1,45 +1,41 @@
 """Distillation by soft targets (Hinton, Vinyals and Dean 2015)."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator
-from torch import Tensor
+from torch import Tensor, nn
 
+from finetune.distillation import Answer, Widths
+from finetune.distillation._temperature import above_zero, log_probabilities, not_negative
 from penstock.recipe import Block
-from penstock.schedule import Knob, bounds
+from penstock.schedule import Knob
 
 
-def above_zero(knob: Any) -> Any:
-    """A temperature that stays above 0 on its curve; a validator."""
-    least = min(bounds(knob))
-    if least <= 0:
-        raise ValueError(f"a temperature must be above 0, and this one reaches {least:g}; set the end of its curve")
-    return knob
-
-
-class SoftTargets:
+class SoftTargets(nn.Module):
     """T^2 KL(teacher || student) of the softmax at temperature T, summed over the classes.
 
     T^2 keeps the gradient's size about the same at every temperature.
     """
 
+    features, stages, looks_across_samples = False, 0, False
+
     class Config(Block):
         name: Literal["soft_targets"] = "soft_targets"
+        weight: Knob = Field(1.0, description="of this loss in the sum")
         temperature: Knob = Field(1.0, description="divides both logits; above 1 the unlikely classes say more")
 
         _positive = field_validator("temperature")(above_zero)
+        _weight = field_validator("weight")(not_negative)
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, student: Widths, teacher: Widths):
+        super().__init__()
         self.config = config
 
-    def __call__(self, student: Tensor, teacher: Tensor, knobs: Mapping[str, float]) -> Tensor:
-        """The loss of each sample [B], in at least fp32; no gradient reaches the teacher."""
+    def forward(
+        self, student: Answer, teacher: Answer, targets: Tensor, weights: Tensor, knobs: Mapping[str, float]
+    ) -> Tensor:
         temperature = knobs["temperature"]
-        with torch.autocast(student.device.type, enabled=False):
-            wide = torch.promote_types(student.dtype, torch.float32)
-            guess = (student.to(wide) / temperature).log_softmax(1)
-            truth = (teacher.detach().to(wide) / temperature).log_softmax(1)
-            return temperature**2 * F.kl_div(guess, truth, reduction="none", log_target=True).sum(1)
+        guess, truth = (log_probabilities(answer.logits, temperature) for answer in (student, teacher))
+        return temperature**2 * F.kl_div(guess, truth, reduction="none", log_target=True).sum(1)
