@@ -25,6 +25,11 @@ class SoftTargets(nn.Module):
         name: Literal["soft_targets"] = "soft_targets"
         weight: Knob = Field(1.0, description="of this loss in the sum")
         temperature: Knob = Field(1.0, description="divides both logits; above 1 the unlikely classes say more")
+        standardize: bool = Field(
+            False,
+            description="logits of mean 0 and deviation 1 first, so that their order and spacing count (Sun et al. "
+            "2024, with temperature 2 and weight 9)",
+        )
 
         _positive = field_validator("temperature")(above_zero)
         _weight = field_validator("weight")(not_negative)
@@ -37,5 +42,8 @@ class SoftTargets(nn.Module):
         self, student: Answer, teacher: Answer, targets: Tensor, weights: Tensor, knobs: Mapping[str, float]
     ) -> Tensor:
         temperature = knobs["temperature"]
-        guess, truth = (log_probabilities(answer.logits, temperature) for answer in (student, teacher))
+        logits = student.logits, teacher.logits
+        if self.config.standardize:
+            logits = F.layer_norm(logits[0], logits[0].shape[1:]), F.layer_norm(logits[1], logits[1].shape[1:])
+        guess, truth = (log_probabilities(each, temperature) for each in logits)
         return temperature**2 * F.kl_div(guess, truth, reduction="none", log_target=True).sum(1)
