@@ -40,7 +40,7 @@ def initialise(
     if init == "probe":
         _only_linear(head, "probe")
         weight, bias, said = _probe(backbone, len(classes), train(), seed)
-        set_linear(head, weight, bias)
+        set_linear(head.linear, weight, bias)
         return said
     if init == "weights":
         weights = backbone.config.weights
@@ -66,7 +66,8 @@ def read_classifier(path: Path, backbone: Backbone) -> tuple[Head | tuple[Tensor
         found = load_classifier(path)
         return found.head, found.classes
     tensors, *_ = read_weights(path)
-    keys = classifier_names(backbone.config)
+    layers = classifier_names(backbone.config)
+    keys = layers[0] if layers and len(layers) == 1 else None
     # A prefix, such as that of a wrapper in several processes, may stand before the name.
     weight, bias = (
         next((value for name, value in tensors.items() if name == key or name.endswith(f".{key}")), None)
@@ -130,7 +131,7 @@ def _by_name(
     rows, old = torch.tensor(list(found)), torch.tensor(list(found.values()))
     new_weight, new_bias = head.linear.weight.detach().clone(), head.linear.bias.detach().clone()
     new_weight[rows], new_bias[rows] = weight[old].to(new_weight), bias[old].to(new_bias)
-    set_linear(head, new_weight, new_bias)
+    set_linear(head.linear, new_weight, new_bias)
     fresh = [name for label, name in enumerate(classes) if label not in found]
     start = f"the head starts with {len(found)} of {len(classes)} classes of {init}"
     return f"{start}; new, with random weights: {_some(fresh)}" if fresh else start

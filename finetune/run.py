@@ -94,7 +94,7 @@ class Finetuning:
 
     def knobs(self) -> dict[str, Any]:
         drop = {f"drop_{kind}": knob for kind, knob in knobs_of(self.recipe.drop).items()}
-        return {**knobs_of(self.recipe.task), **drop, **self.mixing.knobs()}
+        return {**TASKS.get(self.recipe.task.name).knobs(self.recipe.task), **drop, **self.mixing.knobs()}
 
     def tags(self) -> dict[str, str]:
         return {"arch": self.recipe.backbone.name, "method": self.recipe.task.name}
@@ -166,7 +166,12 @@ class Finetuning:
             recipe.head,
             Path(recipe.folder) / name,
             self.classes,
-            about={"run": recipe.name, "task": recipe.task.name, "step": step},
+            about={
+                "run": recipe.name,
+                "task": recipe.task.name,
+                "step": step,
+                "smoothing": getattr(recipe.loss, "smoothing", 0.0),
+            },
             preprocessing={
                 "crop_pct": recipe.monitor.crop_pct,
                 "test_crop_pct": None,  # timm's own weights may come with another, which would go before

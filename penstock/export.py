@@ -71,10 +71,17 @@ def export_classifier(
     about = {**(about or {}), "temperature": temperature, "classes": list(classes)}
     files = {WEIGHTS_FILE: backbone}
     if linear is not None and names is not None:
-        files[WEIGHTS_FILE] = backbone | dict(zip(names, linear, strict=True))
+        # timm averages the logits of two tokens: a layer of their mean is the same as itself on either.
+        second = linear if made.second is None else (made.second.weight.detach(), made.second.bias.detach())
+        files[WEIGHTS_FILE] = backbone | {
+            name: _plain(value)
+            for names_of_layer, layer in zip(names, (linear, second), strict=False)
+            for name, value in zip(names_of_layer, layer, strict=True)
+        }
         description |= {"num_classes": len(classes), "label_names": list(classes)}
         description["model_args"]["num_classes"] = description["pretrained_cfg"]["num_classes"] = len(classes)
-        about["head"] = Head.Config().model_dump(mode="json")
+        kind: Any = "linear" if made.second is None else "distilled"
+        about["head"] = Head.Config(kind=kind).model_dump(mode="json")
     else:
         files[HEAD_FILE] = {name: _plain(value) for name, value in made.state_dict().items()}
         about["head"] = head.model_copy(update={"init": "random"}).model_dump(mode="json")
@@ -144,7 +151,9 @@ def load_classifier(folder: str | Path) -> Classifier:
     else:
         weights, names = load_file(folder / WEIGHTS_FILE), classifier_names(backbone.config)
         assert names is not None  # it was written under these names
-        set_linear(head, *(weights[name] for name in names))
+        for layer, names_of_layer in zip((head.linear, head.second), names, strict=False):
+            if layer is not None:
+                set_linear(layer, *(weights[name] for name in names_of_layer))
     described = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["pretrained_cfg"]
     return Classifier(backbone, head, about["classes"], about["temperature"], described).eval()
 
@@ -168,8 +177,11 @@ def read_about(folder: str | Path) -> dict[str, Any]:
     return about
 
 
-def classifier_names(config: Backbone.Config) -> tuple[str, str] | None:
-    """timm's names of the classifier's weight and bias; None where it is not one linear layer of pooled features."""
+def classifier_names(config: Backbone.Config) -> list[tuple[str, str]] | None:
+    """timm's names of the classifier's weight and bias, of two layers where the network has a distillation token.
+
+    None where the classifier is no linear layer of pooled features, or of those tokens.
+    """
     from timm.layers import Linear as TimmLinear  # casts under autocast, else torch's own
 
     bare = config.model_copy(update={"weights": None})
@@ -177,13 +189,14 @@ def classifier_names(config: Backbone.Config) -> tuple[str, str] | None:
         model: Any = Backbone(bare).model
         try:
             model.reset_classifier(7)
-            linear = model.get_classifier()
+            layers = model.get_classifier()
         except (AttributeError, TypeError, AssertionError, NotImplementedError):
             return None
-    found = [name for name, module in model.named_modules() if module is linear]
-    if type(linear) not in (nn.Linear, TimmLinear) or linear.bias is None or not found:
+    layers = layers if isinstance(layers, tuple) and hasattr(model, "head_dist") else (layers,)
+    if any(type(layer) not in (nn.Linear, TimmLinear) or layer.bias is None for layer in layers):
         return None
-    return f"{found[0]}.weight", f"{found[0]}.bias"
+    places = {id(module): name for name, module in model.named_modules()}
+    return [(f"{places[id(layer)]}.weight", f"{places[id(layer)]}.bias") for layer in layers]
 
 
 def _head_of(state: Mapping[str, Tensor], config: Backbone.Config, head: Head.Config, classes: int) -> Head:

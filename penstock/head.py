@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from penstock.backbones.backbone import Backbone, Features
@@ -29,8 +29,10 @@ class Head(nn.Module):
     """
 
     class Config(Block):
-        kind: Literal["linear", "attentive"] = Field(
-            "linear", description="linear: on pooled features; attentive: pools the spatial ones by attention"
+        kind: Literal["linear", "attentive", "distilled"] = Field(
+            "linear",
+            description="linear: on pooled features; attentive: pools the spatial ones by attention; distilled: one "
+            "layer on the class and one on the distillation token, whose logits are averaged (DeiT)",
         )
         heads: int = Field(8, ge=1, description="attention heads of the attentive kind")
         norm: Literal["none", "batch", "layer"] = Field(
@@ -45,6 +47,12 @@ class Head(nn.Module):
         bias: Literal["zero", "prior"] = Field(
             "zero", description="where the bias starts; prior: at -log K, for losses that see each class on its own"
         )
+
+        @model_validator(mode="after")
+        def _two_tokens_alone(self) -> "Head.Config":
+            if self.kind == "distilled" and self.norm != "none":
+                raise ValueError(f"norm: {self.norm} is not for the distilled kind; leave it out")
+            return self
 
         @field_validator("init")
         @classmethod
@@ -66,19 +74,44 @@ class Head(nn.Module):
         elif config.norm == "layer":
             self.norm = nn.LayerNorm(dim, eps=PROBE_EPS)
         self.drop = nn.Dropout(0.0)
-        self.linear = nn.Linear(dim, classes)
-        nn.init.zeros_(self.linear.weight)
-        if config.init_std > 0:
-            nn.init.trunc_normal_(self.linear.weight, std=config.init_std)  # cut at -2 and 2, as MAE and timm do
-        nn.init.constant_(self.linear.bias, -math.log(classes) if config.bias == "prior" else 0.0)
+        self.linear = self._linear(dim, classes)
+        self.second: nn.Linear | None = None  # on the distillation token
+        if config.kind == "distilled":
+            if not hasattr(backbone.model, "head_dist"):
+                raise InputError(
+                    f"head.kind: {backbone.config.name} has no distillation token; take a model that has one, such as "
+                    "deit_tiny_distilled_patch16_224, or head.kind=linear"
+                )
+            self.second = self._linear(dim, classes)
+
+    def _linear(self, dim: int, classes: int) -> nn.Linear:
+        made = nn.Linear(dim, classes)
+        nn.init.zeros_(made.weight)
+        if self.config.init_std > 0:
+            nn.init.trunc_normal_(made.weight, std=self.config.init_std)  # cut at -2 and 2, as MAE and timm do
+        nn.init.constant_(made.bias, -math.log(classes) if self.config.bias == "prior" else 0.0)
+        return made
 
     def forward(self, features: Features) -> Tensor:
         """Logits, fp32 [B, K]."""
+        first, second = self.both(features)
+        return first if self.second is None else (first + second) / 2
+
+    def both(self, features: Features) -> tuple[Tensor, Tensor]:
+        """Logits for the labels and for a teacher, fp32 [B, K] each: those of two tokens, or the same twice."""
+        if self.second is not None:
+            assert features.prefix is not None
+            label, teacher = features.prefix[:, 0], features.prefix[:, 1]
+            return self.linear(self.drop(label)).float(), self.second(self.drop(teacher)).float()
         x = features.pooled if self.pool is None else self.pool(features.spatial)
-        return self.linear(self.drop(self.norm(x))).float()
+        logits = self.linear(self.drop(self.norm(x))).float()
+        return logits, logits
 
     def folded(self) -> tuple[Tensor, Tensor] | None:
-        """Weight [K, D] and bias [K] of what the head is in eval mode: a linear map of pooled features, or None."""
+        """Weight [K, D] and bias [K] of what the head is in eval mode: a linear map of pooled features, or None.
+
+        Of a distilled head, those of its first layer; the second is as it is.
+        """
         weight, bias = self.linear.weight.detach().double(), self.linear.bias.detach().double()
         if self.pool is not None or self.config.norm == "layer":
             return None
@@ -110,7 +143,7 @@ class AttentionPool(nn.Module):
 
 
 @torch.no_grad()
-def set_linear(head: Head, weight: Tensor, bias: Tensor) -> None:
-    """Fill the head's linear layer: weight [K, D], bias [K]."""
-    head.linear.weight.copy_(weight)
-    head.linear.bias.copy_(bias)
+def set_linear(layer: nn.Linear, weight: Tensor, bias: Tensor) -> None:
+    """Fill a linear layer: weight [K, D], bias [K]."""
+    layer.weight.copy_(weight)
+    layer.bias.copy_(bias)

@@ -6,6 +6,7 @@ the result into a validated model, or into one InputError that lists everything 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -236,15 +237,20 @@ def _partial(model: type[BaseModel], values: dict[str, Any]) -> Any:
     return model.model_construct(**values | inner)
 
 
-def concrete(model: type[Block], values: dict[str, Any], problems: dict[str, str]) -> type[Block]:
-    """`model` with each component field typed by the component that `values` names."""
+def concrete(model: type[Block], values: dict[str, Any], problems: dict[str, str], prefix: str = "") -> type[Block]:
+    """`model` with each component field typed by the component that `values` names, and so on within those.
+
+    `prefix` is the dotted key of the block, with a dot behind.
+    """
     fields: dict[str, Any] = {}
     for name, info in model.model_fields.items():
         for mark in info.metadata:
             if isinstance(mark, Choice):
-                fields[name] = (_config_type(mark, name, values, problems), info)
+                fields[name] = (_config_type(mark, name, values, problems, prefix), info)
             elif isinstance(mark, Choices):
-                fields[name] = (_configs_type(mark.package, name, values, problems), info)
+                if info.default and name not in values:
+                    values[name] = deepcopy(info.default)
+                fields[name] = (_configs_type(mark.package, name, values, problems, prefix), info)
     if not fields:
         return model
     for name, (kind, info) in fields.items():
@@ -252,8 +258,8 @@ def concrete(model: type[Block], values: dict[str, Any], problems: dict[str, str
     return create_model(model.__name__, __base__=model, __module__=model.__module__, **fields)
 
 
-def _config_type(choice: Choice, name: str, values: dict[str, Any], problems: dict[str, str]) -> Any:
-    block = values.get(name)
+def _config_type(choice: Choice, name: str, values: dict[str, Any], problems: dict[str, str], prefix: str) -> Any:
+    block, key = values.get(name), f"{prefix}{name}"
     if block is None and choice.default:
         block = values[name] = {}
     if isinstance(block, str):
@@ -264,19 +270,17 @@ def _config_type(choice: Choice, name: str, values: dict[str, Any], problems: di
         block.setdefault("name", choice.default)
     registry = Registry(choice.package)
     if "name" not in block:
-        problems.setdefault(f"{name}.name", f"missing{nearest('', registry.names())}")
+        problems.setdefault(f"{key}.name", f"missing{nearest('', registry.names())}")
     elif block["name"] not in registry.names():
         known = registry.names()
-        problems.setdefault(
-            f"{name}.name", f"no {name} is called {block['name']!r}{nearest(str(block['name']), known)}"
-        )
+        problems.setdefault(f"{key}.name", f"no {name} is called {block['name']!r}{nearest(str(block['name']), known)}")
     else:
-        return registry.get(block["name"]).Config
+        return concrete(registry.get(block["name"]).Config, block, problems, f"{key}.")
     values.pop(name)
     return Any | None
 
 
-def _configs_type(package: str, name: str, values: dict[str, Any], problems: dict[str, str]) -> Any:
+def _configs_type(package: str, name: str, values: dict[str, Any], problems: dict[str, str], prefix: str) -> Any:
     registry, kinds = Registry(package), {}
     blocks = values.get(name)
     if not isinstance(blocks, dict):
@@ -287,7 +291,7 @@ def _configs_type(package: str, name: str, values: dict[str, Any], problems: dic
             if blocks[key] is True:
                 blocks[key] = {}
         else:
-            problems.setdefault(f"{name}.{key}", f"no {name} is called {key!r}{nearest(key, registry.names())}")
+            problems.setdefault(f"{prefix}{name}.{key}", f"no {name} is called {key!r}{nearest(key, registry.names())}")
             blocks.pop(key)
     return create_model(name, __base__=Block, **kinds)  # type: ignore[call-overload]
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from finetune.tasks import Pieces
 from penstock.backbones.batchnorm import set_valid
 from penstock.recipe import Block
+from penstock.schedule import knobs_of
 from penstock.streams.batch import Batch
 from penstock.task import StepOutput, Task, weighted_mean
 
@@ -17,6 +18,11 @@ class Classify(Task):
 
     class Config(Block):
         name: Literal["classify"] = "classify"
+
+    @classmethod
+    def knobs(cls, config: Any) -> dict[str, Any]:
+        """Numbers or curves that `forward` gets, by name."""
+        return knobs_of(config)
 
     def __init__(self, config: Any, pieces: Pieces):
         super().__init__()

@@ -1,26 +1,26 @@
-"""Distillation from an online teacher (Hinton, Vinyals and Dean 2015; Beyer et al. 2022)."""
+"""Distillation from a teacher, online or cached, by any sum of losses (Hinton et al. 2015; Beyer et al. 2022)."""
 
+import logging
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor
+from torch import Tensor, nn
 
-from finetune.distillation.soft_targets import SoftTargets, above_zero
+from finetune.distillation import DISTILLATIONS, Answer, Widths
+from finetune.distillation._temperature import not_negative
 from finetune.tasks import Pieces
 from finetune.tasks.classify import Apart, Classify
+from finetune.teachers import Teacher, all_stages, exists, load_teacher
+from penstock import distributed
 from penstock.backbones import Backbone
-from penstock.class_names import check_classes
-from penstock.errors import InputError
-from penstock.recipe import Block
-from penstock.schedule import Knob, bounds
+from penstock.recipe import Block, several_of
+from penstock.schedule import Knob, knobs_of
 from penstock.streams.batch import Batch
-from penstock.task import StepOutput
+from penstock.task import StepOutput, weighted_mean
 
-if TYPE_CHECKING:
-    from penstock.export import Classifier
+log = logging.getLogger(__name__)
 
 
 class Distill(Classify):
@@ -28,79 +28,97 @@ class Distill(Classify):
 
     class Config(Block):
         name: Literal["distill"] = "distill"
-        teacher: str = Field(description="folder of a classifier's export")
-        weight: Knob = Field(0.5, description="of the teacher's loss; the labels' loss has the rest")
-        temperature: Knob = Field(1.0, description="divides both logits; above 1 the unlikely classes say more")
+        teacher: str = Field(description="a finetuned run, a classifier's export, or timm:MODEL")
+        labels: Knob = Field(1.0, description="weight of the labels' loss in the sum")
+        losses: several_of("finetune.distillation") = Field(  # type: ignore[valid-type]
+            {"soft_targets": {}}, description="what is learned from the teacher, by name; each has a weight"
+        )
 
         @field_validator("teacher")
         @classmethod
         def _exists(cls, teacher: str) -> str:
-            if not Path(teacher).expanduser().is_dir():
-                raise ValueError(f"there is no folder {teacher!r}; give the export of a finetuned model")
+            if not exists(teacher):
+                raise ValueError(
+                    f"there is no folder {teacher!r}; give a finetuned run, its export, or one of timm's as timm:MODEL"
+                )
             return teacher
 
-        @field_validator("weight")
-        @classmethod
-        def _share(cls, weight: Any) -> Any:
-            for value in bounds(weight):
-                if not 0 <= value <= 1:
-                    raise ValueError(f"a share lies between 0 and 1, and this one reaches {value:g}")
-            return weight
+        _weight = field_validator("labels")(not_negative)
 
-        _positive = field_validator("temperature")(above_zero)
+        def blocks(self) -> dict[str, Any]:
+            """The losses that are on, by name."""
+            found = self.losses if isinstance(self.losses, dict) else dict(self.losses or {})
+            given = {name: block for name, block in found.items() if block is not None}
+            return {n: DISTILLATIONS.get(n).Config(**b) if isinstance(b, dict) else b for n, b in given.items()}
+
+    @classmethod
+    def knobs(cls, config: Any) -> dict[str, Any]:
+        inner = {f"{name}.{k}": v for name, block in config.blocks().items() for k, v in knobs_of(block).items()}
+        return {**knobs_of(config), **inner}
 
     def __init__(self, config: "Distill.Config", pieces: Pieces):
         super().__init__(config, pieces)
-        self.distill = SoftTargets(SoftTargets.Config(temperature=config.temperature))
-        self.apart = Apart(teacher=_teacher(config.teacher, pieces))
+        teacher = load_teacher(config.teacher, pieces.classes, pieces.backbone.config.channels, pieces.sizes)
+        own, its = widths(pieces.backbone, len(pieces.classes)), teacher.widths(max(pieces.sizes))
+        losses = {name: DISTILLATIONS.get(name)(block, own, its) for name, block in config.blocks().items()}
+        self.stages = max((loss.stages for loss in losses.values()), default=0)
+        self.losses = nn.ModuleDict(losses)
+        self.apart = Apart(teacher=teacher)
+        _warn_of_size(pieces, teacher)
 
     def forward(self, batch: Batch, knobs: Mapping[str, float]) -> StepOutput:
         images, targets = self.mixed(batch, knobs)
-        logits = self.logits(images)
-        taught = self.distill(logits, self.taught(images), knobs)
-        losses = (1 - knobs["weight"]) * self.pieces.loss(logits, targets) + knobs["weight"] * taught
-        return self.output(logits, targets, losses, batch)
+        features = self.backbone(images, self.stages)
+        logits, taught = self.head.both(features)
+        own, its = Answer(taught, features.pooled, features.stages), self.taught(images)
+        losses = knobs["labels"] * self.pieces.loss(logits, targets)
+        metrics = {}
+        with torch.autocast(images.device.type, enabled=False):
+            own, its = _wide(own), _wide(its)
+            for name, loss in self.losses.items():
+                mine = {
+                    key.removeprefix(f"{name}."): value for key, value in knobs.items() if key.startswith(f"{name}.")
+                }
+                found = loss(own, its, targets, batch.weights, mine)
+                losses = losses + mine["weight"] * found
+                metrics[f"loss_{name}"] = weighted_mean(found.detach(), batch.weights)
+        agree = (taught.detach().argmax(1) == its.logits.argmax(1)).float()
+        metrics["agreement"] = 100 * weighted_mean(agree, batch.weights)
+        output = self.output(logits, targets, losses, batch)
+        return StepOutput(output.loss, output.weight, {**output.metrics, **metrics})
 
-    @torch.no_grad()
-    def taught(self, images: Tensor) -> Tensor:
-        """The teacher's logits, fp32 [B, K], for images normalised as the student takes them."""
-        teacher = self.apart.teacher.to(images.device)
-        return teacher(_renormalize(images, self.backbone, teacher.backbone))
-
-
-def _renormalize(images: Tensor, own: Backbone, its: Backbone) -> Tensor:
-    """Images of one backbone's mean and std with those of another; the very images where these are the same."""
-    if torch.equal(own.mean, its.mean) and torch.equal(own.std, its.std):
-        return images
-    shift = (own.mean - its.mean) / its.std
-    return torch.addcmul(shift[:, None, None], images, (own.std / its.std)[:, None, None])
-
-
-def _teacher(folder: str, pieces: Pieces) -> "Classifier":
-    from penstock.export import load_classifier
-
-    teacher = load_classifier(Path(folder).expanduser())
-    check_classes(teacher.classes, pieces.classes, "data.train", "the teacher")
-    channels = teacher.backbone.config.channels
-    if channels != pieces.backbone.config.channels:
-        raise InputError(
-            f"task.teacher: it takes images of {channels} channels, the student of {pieces.backbone.config.channels}; "
-            "distill from a teacher of the same kind"
-        )
-    for side in pieces.sizes:
-        _try_size(teacher, channels, side)
-    return teacher.requires_grad_(False)
+    def taught(self, images: Tensor) -> Answer:
+        """The teacher's answer for images normalised as the student takes them."""
+        return self.apart.teacher.to(images.device)(images, self.backbone, self.stages)
 
 
-def _try_size(teacher: "Classifier", channels: int, side: int) -> None:
-    """Run the teacher on the meta device, where no arithmetic is done, on images of a size that it will see."""
-    state = {name: value.to("meta") for name, value in [*teacher.named_parameters(), *teacher.named_buffers()]}
-    try:
-        with torch.no_grad():
-            torch.func.functional_call(teacher, state, (torch.empty(1, channels, side, side, device="meta"),))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        made = " x ".join(map(str, teacher.backbone.size))
-        raise InputError(
-            f"task.teacher: {teacher.backbone.config.name}, made for {made} pixels, does not take the student's images "
-            f"of {side} x {side}: {error}; set augment.size to a size of the teacher's, or take another teacher"
-        ) from error
+def widths(backbone: Backbone, classes: int) -> Widths:
+    """The widths of a student's answers."""
+    state = {name: value.to("meta") for name, value in [*backbone.named_parameters(), *backbone.named_buffers()]}
+    images = torch.empty(1, backbone.config.channels, *backbone.size, device="meta")
+
+    def maps(stages: int) -> tuple[Tensor, ...]:
+        return torch.func.functional_call(backbone, state, (images, stages)).stages
+
+    return Widths(classes, backbone.dim, all_stages(backbone.model, maps))
+
+
+def _wide(answer: Answer) -> Answer:
+    """In at least fp32."""
+
+    def wide(values: Tensor) -> Tensor:
+        return values.to(torch.promote_types(values.dtype, torch.float32))
+
+    pooled = None if answer.pooled is None else wide(answer.pooled)
+    return Answer(wide(answer.logits), pooled, tuple(map(wide, answer.stages)))
+
+
+def _warn_of_size(pieces: Pieces, teacher: Teacher) -> None:
+    own = sum(param.numel() for part in (pieces.backbone, pieces.head) for param in part.parameters())
+    its = sum(param.numel() for param in teacher.parameters())
+    if own > its and distributed.is_main():
+        log.warning(
+            "the student has %.3g M parameters, its teacher %.3g M: distillation is meant for a smaller student; "
+            "swap them, or mean it (a network of equal size can learn from itself)",
+            own / 1e6, its / 1e6,
+        )  # fmt: skip

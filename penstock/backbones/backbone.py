@@ -30,6 +30,8 @@ class Features(NamedTuple):
 
     pooled: Tensor  # [B, dim]
     spatial: Tensor  # patch tokens [B, L, D], without class or register tokens, or a map [B, C, h, w]
+    prefix: Tensor | None = None  # class, distillation and register tokens [B, P, D], of networks of tokens
+    stages: tuple[Tensor, ...] = ()  # maps [B, C, h, w] by depth, as many of the last ones as were asked for
 
 
 class Backbone(nn.Module):
@@ -149,19 +151,24 @@ class Backbone(nn.Module):
         scale = 1 / (255 * self.std.float())
         return torch.addcmul((-self.mean.float() / self.std)[:, None, None], images.float(), scale[:, None, None])
 
-    def forward(self, images: Tensor) -> Features:
-        """Features of uint8 images, or of float images that are normalised already, [B, C, H, W]."""
+    def forward(self, images: Tensor, stages: int = 0) -> Features:
+        """Features of uint8 images, or of float images that are normalised already, [B, C, H, W].
+
+        Args:
+            stages: how many maps to give as well: of the last stages of a CNN, the last blocks of a ViT.
+        """
         if images.dtype == torch.uint8:
             images = self.normalize(images)
         if self.kind == "map":
             # Convolutions are a fifth to a third faster, on CPUs and on tensor cores, and hand the layout on. Weights
             # stay as they are: DeepSpeed cannot broadcast them otherwise, and ZeRO would lay them out flat again.
             images = images.contiguous(memory_format=torch.channels_last)
-        hidden = self.model.forward_features(images.to(next(self.model.parameters()).dtype))
+        images = images.to(next(self.model.parameters()).dtype)
+        hidden, maps = features_and_stages(self.model, images, stages)
         pooled = self.model.forward_head(hidden, pre_logits=True)
         if hidden.ndim == 3:
-            return Features(pooled, hidden[:, self._prefix :])
-        return Features(pooled, hidden.permute(0, 3, 1, 2) if self._channels_last else hidden)
+            return Features(pooled, hidden[:, self._prefix :], hidden[:, : self._prefix], maps)
+        return Features(pooled, hidden.permute(0, 3, 1, 2) if self._channels_last else hidden, None, maps)
 
     def _compare_normalization(self) -> None:
         """Warn where the weights say that they were trained on images of another mean and standard deviation."""
@@ -197,6 +204,24 @@ class Backbone(nn.Module):
             ) from error
         finally:
             self.train()
+
+
+def features_and_stages(model: Any, images: Tensor, stages: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """What a timm model's `forward_features` gives, and maps [B, C, h, w] of its last `stages` stages or blocks.
+
+    Raises:
+        InputError: it has fewer, or does not show them.
+    """
+    if stages == 0:
+        return model.forward_features(images), ()
+    try:
+        hidden, maps = model.forward_intermediates(images, indices=stages, norm=False, output_fmt="NCHW")
+    except (AttributeError, AssertionError, TypeError) as error:
+        raise InputError(
+            f"{type(model).__name__} does not show maps of its last {stages} stages ({error or 'it has fewer'}); "
+            "ask for fewer, or take a loss that needs none"
+        ) from error
+    return hidden, tuple(maps)
 
 
 def _create(config: Backbone.Config) -> Any:

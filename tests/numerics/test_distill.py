@@ -23,7 +23,7 @@ from penstock.checkpoint import Checkpoints
 from penstock.ema import Average
 from penstock.engine import Engine
 from penstock.errors import InputError
-from penstock.export import export_classifier
+from penstock.export import export_classifier, load_classifier
 from penstock.head import Head
 from penstock.mixing import Mixing
 from penstock.optim import Optim
@@ -38,7 +38,8 @@ VIT["options"] |= {"num_heads": 2}  # type: ignore[operator]
 CNN = {"name": "test_resnet", "size": 16}
 OTHER = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
 MIXES = {"mixup": 0.8, "cutmix": 1.0, "mix_prob": 1.0}
-KNOBS = {"weight": 0.5, "temperature": 2.0, **dict.fromkeys(MIXES, 0.0)}
+SHARE, HEAT = "soft_targets.weight", "soft_targets.temperature"
+KNOBS = {"labels": 0.5, SHARE: 0.5, HEAT: 2.0, **dict.fromkeys(MIXES, 0.0)}
 
 
 def model(seed: int, backbone: dict[str, Any]) -> tuple[Backbone, Head]:
@@ -87,7 +88,7 @@ def relabelled(batch: Batch) -> Batch:
 def seen(task: Distill, batch: Batch, **knobs: float) -> tuple[Tensor, Tensor]:
     """What student and teacher are given in a step, as their own normalised images."""
     found: dict[str, Tensor] = {}
-    for name, module in (("student", task.backbone), ("teacher", task.apart.teacher.backbone)):
+    for name, module in (("student", task.backbone), ("teacher", task.apart.teacher.network.backbone)):
         module.register_forward_pre_hook(lambda _, given, name=name: found.update({name: given[0].clone()}))
     task(batch, KNOBS | knobs)
     return found["student"], found["teacher"]
@@ -116,15 +117,15 @@ def test_the_teacher_sees_the_very_pixels_in_its_own_normalisation(tmp_path):
     student, its = seen(task, batch)
     stored = batch.views[0]
     assert torch.equal(pixels(student, task.backbone).round().to(torch.uint8), stored)
-    assert torch.equal(pixels(its, task.apart.teacher.backbone).round().to(torch.uint8), stored)
-    assert (pixels(its, task.apart.teacher.backbone) - stored).abs().max() < 1e-3
+    assert torch.equal(pixels(its, task.apart.teacher).round().to(torch.uint8), stored)
+    assert (pixels(its, task.apart.teacher) - stored).abs().max() < 1e-3
     assert (its - student).abs().max() > 0.1
 
 
 def test_mixed_images_are_mixed_alike(tmp_path):
     task, batch = task_of(Distill, teacher(tmp_path, **CNN, **OTHER)), batch_of()
     student, its = seen(task, batch, **MIXES)
-    ours, theirs = pixels(student, task.backbone), pixels(its, task.apart.teacher.backbone)
+    ours, theirs = pixels(student, task.backbone), pixels(its, task.apart.teacher)
     assert (ours - theirs).abs().max() < 1e-3
     assert ((ours - batch.views[0]).abs().amax((1, 2, 3)) > 1).all(), "the images were to be mixed"
 
@@ -137,7 +138,8 @@ def test_with_the_same_normalisation_it_is_the_same_tensor(tmp_path):
 def test_a_teacher_made_for_another_size_answers_as_it_does_alone(tmp_path):
     task, batch = task_of(Distill, teacher(tmp_path, **VIT), CNN, sizes=(16, 24)), batch_of(side=24)
     images = task.backbone.normalize(batch.views[0])
-    torch.testing.assert_close(task.taught(images), task.apart.teacher(batch.views[0]).detach())
+    alone = load_classifier(tmp_path / "teacher")(batch.views[0])
+    torch.testing.assert_close(task.taught(images).logits, alone.detach())
 
 
 @pytest.mark.parametrize(
@@ -174,7 +176,8 @@ def test_the_teacher_stays_in_eval_mode_without_gradients(tmp_path):
     assert not any(part.training for part in parts)
     assert all(param.grad is None and not param.requires_grad for param in task.apart.teacher.parameters())
     assert all(torch.equal(value, before[name]) for name, value in task.apart.teacher.state_dict().items())
-    assert not task.taught(task.backbone.normalize(batch_of().views[0])).requires_grad
+    answer = task.taught(task.backbone.normalize(batch_of().views[0]))
+    assert not answer.logits.requires_grad and not answer.pooled.requires_grad
 
 
 def parts_without_a_teacher(rank: int, world: int, folder: str, store: str) -> tuple[bool, bool, set[str], list[int]]:
@@ -217,23 +220,24 @@ def test_the_students_batch_norm_does_not_see_the_teacher(tmp_path):
 # The loss -------------------------------------------------------------------------------------------------------
 
 
-def test_with_weight_1_labels_are_not_used(tmp_path):
+def test_with_labels_at_0_they_are_not_used(tmp_path):
     task, batch = task_of(Distill, teacher(tmp_path, **CNN)), batch_of()
-    assert same(gradients(task, batch, **MIXES, weight=1.0), gradients(task, relabelled(batch), **MIXES, weight=1.0))
-    assert not same(gradients(task, batch, weight=0.9), gradients(task, relabelled(batch), weight=0.9))
+    alone = {"labels": 0.0, **MIXES}
+    assert same(gradients(task, batch, **alone), gradients(task, relabelled(batch), **alone))
+    assert not same(gradients(task, batch, labels=0.1), gradients(task, relabelled(batch), labels=0.1))
 
 
 def test_with_weight_0_it_is_plain_classification(tmp_path):
     task, plain = task_of(Distill, teacher(tmp_path, **CNN)), task_of(Classify, None)
     batch = batch_of(bad=(3,))
-    assert same(gradients(task, batch, **MIXES, weight=0.0), gradients(plain, batch, **MIXES))
-    assert not same(gradients(task, batch, **MIXES, weight=0.1), gradients(plain, batch, **MIXES))
+    assert same(gradients(task, batch, **MIXES, labels=1.0, **{SHARE: 0.0}), gradients(plain, batch, **MIXES))
+    assert not same(gradients(task, batch, **MIXES, labels=1.0, **{SHARE: 0.1}), gradients(plain, batch, **MIXES))
 
 
 def loss_by_hand(task: Distill, batch: Batch, weight: float, temperature: float) -> float:
     """Sample by sample, in plain Python."""
     student = task.logits(batch.views[0]).tolist()
-    taught = task.apart.teacher(batch.views[0]).tolist()
+    taught = task.taught(task.backbone.normalize(batch.views[0])).logits.tolist()
     total = 0.0
     for ours, its, label in zip(student, taught, batch.labels.tolist(), strict=True):
         p, q = ([math.exp(x / temperature) for x in logits] for logits in (its, ours))
@@ -263,8 +267,13 @@ def test_weight_and_temperature_follow_curves(tmp_path):
                 "task": {
                     "name": "distill",
                     "teacher": str(folder),
-                    "weight": {"name": "linear", "start": 1.0, "end": 0.0},
-                    "temperature": {"name": "linear", "start": 4.0, "end": 1.0},
+                    "labels": {"name": "linear", "start": 0.0, "end": 1.0},
+                    "losses": {
+                        "soft_targets": {
+                            "weight": {"name": "linear", "start": 1.0, "end": 0.0},
+                            "temperature": {"name": "linear", "start": 4.0, "end": 1.0},
+                        }
+                    },
                 },
             }
         ),
@@ -275,19 +284,10 @@ def test_weight_and_temperature_follow_curves(tmp_path):
         assert found == pytest.approx(loss_by_hand(task, batch, weight, temperature), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("temperature", 0),
-        ("temperature", -1.0),
-        ("temperature", {"name": "cosine", "start": 4.0}),  # ends at 0
-        ("weight", 1.5),
-        ("weight", {"name": "linear", "start": 0.5, "end": -0.5}),
-    ],
-)
-def test_values_without_meaning_are_refused_by_the_check(tmp_path, key, value):
-    with pytest.raises(ValueError, match=key):
-        Distill.Config(teacher=str(tmp_path), **{key: value})
+@pytest.mark.parametrize("value", [-0.5, {"name": "linear", "start": 0.5, "end": -0.5}])
+def test_values_without_meaning_are_refused_by_the_check(tmp_path, value):
+    with pytest.raises(ValueError, match="labels"):
+        Distill.Config(teacher=str(tmp_path), labels=value)
 
 
 # Ranks ----------------------------------------------------------------------------------------------------------

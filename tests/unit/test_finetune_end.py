@@ -262,7 +262,7 @@ def test_the_export_teaches_the_next_run(averaged, data, tmp_path, ranks):
         backbone=VIT,
         mix={"mixup": 0.8},
         average={"name": "ema", "decay": 0.8},
-        task={"name": "distill", "teacher": str(averaged[0] / "export"), "temperature": 2.0},
+        task={"name": "distill", "teacher": str(averaged[0]), "losses": {"soft_targets": {"temperature": 2.0}}},
     )
     (code, said), _ = ranks(2).run(finetune, values)
     assert code == DONE and "top-1" in said
