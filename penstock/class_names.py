@@ -10,8 +10,14 @@ _SYNSET = re.compile(r"n\d{8}")
 _IMAGENET = (1000, 11221, 11821, 21841, 21842, 21843)
 
 
-def check_classes(ours: Sequence[str], theirs: Sequence[str], where: str, what: str = "the classifier") -> None:
-    """InputError naming the first difference between a classifier's classes and those of the data at `where`."""
+def check_classes(
+    ours: Sequence[str], theirs: Sequence[str], where: str, what: str = "the classifier", remedy: str | None = None
+) -> None:
+    """InputError naming the first difference between a classifier's classes and those of the data at `where`.
+
+    Args:
+        remedy: what to do instead, where it is not the data that is to be packed otherwise.
+    """
     if list(ours) == list(theirs):
         return
     if len(ours) != len(theirs):
@@ -19,13 +25,13 @@ def check_classes(ours: Sequence[str], theirs: Sequence[str], where: str, what: 
         first = f"; {absent[0]!r} is in one of them alone" if absent else ""
         raise InputError(
             f"{what} has {len(ours)} classes and {where} has {len(theirs)}{first}; "
-            "pack the data with the same folders of classes"
+            f"{remedy or 'pack the data with the same folders of classes'}"
         )
     label = next(index for index, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
     same = "the same classes in another order" if sorted(ours) == sorted(theirs) else "other classes"
     raise InputError(
         f"{where} has {same}: label {label} is {theirs[label]!r} there and {ours[label]!r} in {what}; "
-        "pack the data with folders of the classifier's names, whose sorted order gives the labels"
+        + (remedy or "pack the data with folders of the classifier's names, whose sorted order gives the labels")
     )
 
 

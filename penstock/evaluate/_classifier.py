@@ -49,33 +49,18 @@ def evaluate_classifier(args: argparse.Namespace, export: Path) -> None:
     """
     if args.predictions is not None and (args.predictions.is_dir() or not args.predictions.parent.is_dir()):
         raise InputError(f"--predictions {args.predictions}: no such file can be written; make its folder first")
-    manifest = _labelled(args.data)
+    manifest = labelled_set(args.data)
     classifier = load_classifier(export)
     warnings = check_set(classifier, manifest)
     augment = prepared(classifier, args.size, args.crop_pct)
-    device = distributed.device()
-    stream = EvalStream(
-        Images(manifest, channels=classifier.backbone.config.channels),
-        augment,
-        batch=args.batch,
-        workers=args.workers,
-        limit=args.limit,
-        device_type=device.type,
-    )
-    model = _Logits(classifier).to(device)
-    with _sizes_refused(export, args.size), torch.no_grad():
-        side = round(stream.knobs["size"])
-        model(torch.zeros(1, classifier.backbone.config.channels, side, side, dtype=torch.uint8, device=device))
-    with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-        answers = extract(model, stream, device)
-    if len(answers) == 0:
-        raise InputError(f"none of the {answers.unreadable} images of {manifest.root} can be read")
-    if not answers.features.isfinite().all():
-        raise InputError(f"some logits of {export} are not finite: the classifier has diverged, or bf16 is too narrow")
+    size = None if args.size is None else f"--size {args.size}"
+    with torch.autocast(distributed.device().type, torch.bfloat16, enabled=args.precision == "bf16"):
+        answers = answer(classifier, manifest, augment, str(export), args.batch, args.workers, args.limit, size)
     if answers.unreadable:
         warnings.append(f"{answers.unreadable} images could not be read and are left out; `penstock shards verify`")
     if args.predictions is not None:
         write_predictions(args.predictions, answers)
+    side = side_of(augment)
     options = {"size": side, **augment.config.model_dump(mode="json", include={"crop_pct", "interpolation"})}
     measured = measure(answers, classifier, options, warnings)
     if args.format == "json":
@@ -125,6 +110,48 @@ def prepared(classifier: Classifier, size: int | None, crop_pct: float | None) -
         raise InputError(f"{name}: {options[str(name)]!r} cannot be used to prepare images: {wrong['msg']}") from error
 
 
+def side_of(augment: ResizeCrop) -> int:
+    """Side of the images that `prepared` prepares, in pixels."""
+    size = augment.config.size
+    assert isinstance(size, int | float)  # no curve
+    return round(size)
+
+
+def answer(
+    classifier: Classifier,
+    manifest: Manifest,
+    augment: ResizeCrop,
+    name: str,
+    batch: int = 256,
+    workers: int = 2,
+    limit: int | None = None,
+    size: str | None = None,
+) -> FeatureSet:
+    """Logits of a set's images, as features; under the caller's autocast.
+
+    Args:
+        name: of the classifier, for errors.
+        limit: measure a fixed subset of so many images.
+        size: who asked for images of their size; None where it is the classifier's own.
+
+    Raises:
+        InputError: no image can be read, the logits are not finite, or the network takes no images of the size.
+    """
+    device, channels = distributed.device(), classifier.backbone.config.channels
+    images = Images(manifest, channels=channels)
+    stream = EvalStream(images, augment, batch=batch, workers=workers, limit=limit, device_type=device.type)
+    model = _Logits(classifier).to(device)
+    side = side_of(augment)
+    with _sizes_refused(name, size), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        model(torch.zeros(1, channels, side, side, dtype=torch.uint8, device=device))
+    answers = extract(model, stream, device)
+    if len(answers) == 0:
+        raise InputError(f"none of the {answers.unreadable} images of {manifest.root} can be read")
+    if not answers.features.isfinite().all():
+        raise InputError(f"some logits of {name} are not finite: the classifier has diverged, or bf16 is too narrow")
+    return answers
+
+
 def measure(
     answers: FeatureSet, classifier: Classifier, preprocessing: dict[str, Any], warnings: list[str]
 ) -> Measured:
@@ -157,7 +184,7 @@ class _Logits(nn.Module):
         return Features(logits, logits)
 
 
-def _labelled(data: Path) -> Manifest:
+def labelled_set(data: Path) -> Manifest:
     """The set in `data`, or the one named `val` in it."""
     inside = data / "val"
     manifest = Manifest.load(inside if not (data / MANIFEST).is_file() and inside.is_dir() else data)
@@ -172,14 +199,14 @@ def _labelled(data: Path) -> Manifest:
 
 
 @contextmanager
-def _sizes_refused(export: Path, size: int | None) -> Iterator[None]:
+def _sizes_refused(name: str, size: str | None) -> Iterator[None]:
     """What goes wrong in the first forward is the size's fault, if one was asked for."""
     try:
         yield
     except (AssertionError, RuntimeError, ValueError) as error:
         if size is None:
             raise
-        raise InputError(f"--size {size}: {export} does not take such images: {error}") from error
+        raise InputError(f"{size}: {name} does not take such images: {error}") from error
 
 
 def _print(title: str, measured: Measured) -> None:

@@ -41,7 +41,7 @@ def extract(backbone: nn.Module, stream: Iterable[Batch], device: torch.device) 
     """
     parts: list[list[Tensor]] = []
     unreadable = 0
-    with _evaluating(backbone), _generators_kept(), torch.no_grad():
+    with evaluating(backbone), _generators_kept(), torch.no_grad():
         for batch in stream:
             on_device = batch.to(device)
             pooled = _pooled(backbone, on_device.views[0])
@@ -71,7 +71,8 @@ def _pooled(backbone: nn.Module, images: Tensor) -> Tensor:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """In eval mode; each part is then again in the mode that it was in."""
     before = {part: part.training for part in module.modules()}
     module.eval()
     try:
