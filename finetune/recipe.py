@@ -100,3 +100,7 @@ class Finetune(Recipe):
         frozen_backbone_takes_no_options,
     )
     own_metrics = ACCURACY_METRICS
+
+    def absent(self) -> Iterator[str]:
+        yield from super().absent()
+        yield from TASKS.get(self.task.name).absent(self)

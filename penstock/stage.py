@@ -20,7 +20,7 @@ from penstock.mistakes import fields_of
 from penstock.monitor import Monitor
 from penstock.optim import Optim
 from penstock.recipe import DEFAULT, Block, Rule, Source, check, load, one_of, resolved, several_of, to_yaml
-from penstock.schedule import Duration, Length
+from penstock.schedule import Duration, Length, bounds, knobs_of
 from penstock.streams.data import Data
 from penstock.tracking import Tracker
 
@@ -42,6 +42,20 @@ def weights_have_a_start(recipe: Any) -> Iterator[str]:
             "optim.l2_sp: it pulls the backbone to the weights it starts from, and these are random here; "
             "give backbone.weights, or leave l2_sp at 0"
         )
+
+
+def pool_stays_the_same(recipe: Any) -> Iterator[str]:
+    """The views of a fixed pool come again and again, so nothing may change them on the way."""
+    if recipe.data.pool is None:
+        return
+    moving = [name for name, knob in knobs_of(recipe.augment).items() if len(set(bounds(knob))) > 1]
+    for name in moving:
+        yield (
+            f"augment.{name}: it follows a curve, and the {recipe.data.pool} views of data.pool stay as they are; "
+            "write one number, or data.pool=null"
+        )
+    if recipe.batch_growth > 1:
+        yield "batch_growth: it goes with views that grow, and those of data.pool do not; leave it at 1"
 
 
 def evaluations_have_data(recipe: Any) -> Iterator[str]:
@@ -67,12 +81,7 @@ def early_stopping_has_measurements(recipe: Any) -> Iterator[str]:
 
 def inputs_are_here(recipe: Any) -> Iterator[str]:
     """What a run reads; a login node need not hold it."""
-    for name, folder in (("train", recipe.data.train), ("val", recipe.data.val)):
-        if folder is not None and not folder.exists():
-            yield f"data.{name}: there is no {folder} here; pack it with `penstock shards pack IMAGES {folder}`"
-    weights = recipe.backbone.weights
-    if weights not in (None, "timm") and not Path(weights).expanduser().exists():
-        yield f"backbone.weights: there is no file or folder {weights!r}; 'timm' loads timm's own weights"
+    yield from recipe.absent()
 
 
 class Recipe(Block):
@@ -99,6 +108,7 @@ class Recipe(Block):
     rules: ClassVar[tuple[Rule, ...]] = (
         optimizer_sees_shapes,
         weights_have_a_start,
+        pool_stays_the_same,
         evaluations_have_data,
         early_stopping_has_measurements,
         inputs_are_here,
@@ -123,6 +133,15 @@ class Recipe(Block):
         """The evaluations that are on, by name."""
         blocks = self.evaluate if isinstance(self.evaluate, dict) else dict(self.evaluate or {})
         return {name: block for name, block in blocks.items() if block is not None}
+
+    def absent(self) -> Iterator[str]:
+        """What the run would read and is not on this machine, as a rule says it. A stage adds its own."""
+        for name, folder in (("train", self.data.train), ("val", self.data.val)):
+            if folder is not None and not folder.exists():
+                yield f"data.{name}: there is no {folder} here; pack it with `penstock shards pack IMAGES {folder}`"
+        weights = self.backbone.weights  # type: ignore[attr-defined]
+        if weights not in (None, "timm") and not Path(weights).expanduser().exists():
+            yield f"backbone.weights: there is no file or folder {weights!r}; 'timm' loads timm's own weights"
 
     @property
     def folder(self) -> Path:

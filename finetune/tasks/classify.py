@@ -1,6 +1,6 @@
 """Supervised classification."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from torch import Tensor
@@ -23,6 +23,11 @@ class Classify(Task):
     def knobs(cls, config: Any) -> dict[str, Any]:
         """Numbers or curves that `forward` gets, by name."""
         return knobs_of(config)
+
+    @classmethod
+    def absent(cls, recipe: Any) -> Iterator[str]:
+        """What it would read and is not on this machine: the key, and what to do."""
+        return iter(())
 
     def __init__(self, config: Any, pieces: Pieces):
         super().__init__()

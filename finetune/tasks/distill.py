@@ -1,7 +1,7 @@
 """Distillation from a teacher, online or cached, by any sum of losses (Hinton et al. 2015; Beyer et al. 2022)."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from finetune.tasks.classify import Apart, Classify
 from finetune.teachers import Teacher, all_stages, exists, load_teacher
 from penstock import distributed
 from penstock.backbones import Backbone
+from penstock.backbones.dropout import largest
 from penstock.recipe import Block, several_of
 from penstock.schedule import Knob, knobs_of
 from penstock.streams.batch import Batch
@@ -34,15 +35,6 @@ class Distill(Classify):
             {"soft_targets": {}}, description="what is learned from the teacher, by name; each has a weight"
         )
 
-        @field_validator("teacher")
-        @classmethod
-        def _exists(cls, teacher: str) -> str:
-            if not exists(teacher):
-                raise ValueError(
-                    f"there is no folder {teacher!r}; give a finetuned run, its export, or one of timm's as timm:MODEL"
-                )
-            return teacher
-
         _weight = field_validator("labels")(not_negative)
 
         def blocks(self) -> dict[str, Any]:
@@ -50,6 +42,30 @@ class Distill(Classify):
             found = self.losses if isinstance(self.losses, dict) else dict(self.losses or {})
             given = {name: block for name, block in found.items() if block is not None}
             return {n: DISTILLATIONS.get(n).Config(**b) if isinstance(b, dict) else b for n, b in given.items()}
+
+    @classmethod
+    def absent(cls, recipe: Any) -> Iterator[str]:
+        if not exists(recipe.task.teacher):
+            yield (
+                f"task.teacher: there is no {recipe.task.teacher!r} here; give a finetuned run, its export, or a model "
+                "of timm's as timm:MODEL"
+            )
+
+    @classmethod
+    def conflicts(cls, recipe: Any) -> list[str]:
+        kinds = {name: DISTILLATIONS.get(name) for name in recipe.task.blocks()}
+        if not kinds and largest(recipe.task.labels) == 0:
+            return [
+                "task.losses: there is nothing to learn from; give a loss, such as task.losses.soft_targets.weight=1"
+            ]
+        across = [name for name, kind in kinds.items() if kind.looks_across_samples]
+        if across and recipe.engine.accumulation > 1:
+            return [
+                f"engine.accumulation: {across[0]} compares the samples of a micro-batch, which would be "
+                f"{recipe.engine.accumulation} times fewer than the batch; set engine.accumulation=1, or "
+                f"task.losses.{across[0]}=null"
+            ]
+        return []
 
     @classmethod
     def knobs(cls, config: Any) -> dict[str, Any]:
