@@ -28,6 +28,7 @@ from penstock.schedule import Clock, knobs_of
 from penstock.streams.classes import class_names
 from penstock.streams.data import Data
 from penstock.streams.evaluation import EvalStream
+from penstock.streams.sidecar import Sidecar
 from penstock.streams.train import side_at
 
 HEAD = 0x4EAD  # the stream of random numbers that a new head starts from
@@ -88,6 +89,9 @@ class Finetuning:
         """Sides of the views that the run will show, in pixels."""
         times = [*range(0, clock.total, max(1, clock.total // 10_000)), clock.total - 1]
         return tuple(sorted({side_at(self.recipe.augment.size, time, clock, multiple) for time in times}))
+
+    def sidecar(self, data: Data) -> Sidecar | None:
+        return None
 
     def opens(self, task: Classify, clock: Clock) -> dict[str, float]:
         return self.transfer.opens(task, clock)

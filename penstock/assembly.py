@@ -24,6 +24,7 @@ from penstock.signals import Stop
 from penstock.stage import Recipe, save_recipe, since_launch
 from penstock.streams.data import Data
 from penstock.streams.evaluation import EvalStream
+from penstock.streams.sidecar import Sidecar
 from penstock.streams.train import TrainStream
 from penstock.task import Task
 from penstock.tracking import Tracker
@@ -65,6 +66,10 @@ class Stage(Protocol):
 
     def task(self, data: Data, clock: Clock) -> Task:
         """The model with its loss; torch's generator is seeded."""
+        ...
+
+    def sidecar(self, data: Data) -> Sidecar | None:
+        """What is handed over beside the training views; asked for after the task was made."""
         ...
 
     def opens(self, task: Any, clock: Clock) -> dict[str, float]:
@@ -110,7 +115,7 @@ def run(recipe: Recipe, stage: Stage, find_lr: bool = False) -> int:
         )
     torch.manual_seed(key(recipe.seed, INIT))
     task = stage.task(data, clock)
-    stream = _stream(recipe, clock, task.backbone)
+    stream = _stream(recipe, clock, task.backbone, stage.sidecar(data))
     average = Average(recipe.average, task) if recipe.average.name != "none" else None
     engine = Engine(
         task,
@@ -172,7 +177,7 @@ def run(recipe: Recipe, stage: Stage, find_lr: bool = False) -> int:
     return DONE if finished else STOPPED
 
 
-def _stream(recipe: Recipe, clock: Clock, backbone: Backbone) -> TrainStream:
+def _stream(recipe: Recipe, clock: Clock, backbone: Backbone, sidecar: Sidecar | None) -> TrainStream:
     return TrainStream(
         recipe.data,
         AUGMENTATIONS.get(recipe.augment.name)(recipe.augment),
@@ -185,6 +190,7 @@ def _stream(recipe: Recipe, clock: Clock, backbone: Backbone) -> TrainStream:
         device_type=distributed.device().type,
         size_multiple=backbone.size_multiple,
         growth=recipe.batch_growth,
+        sidecar=sidecar,
     )
 
 

@@ -29,6 +29,9 @@ class Pretraining:
         recipe = self.recipe
         return METHODS.get(recipe.method.name)(recipe.method, Backbone(recipe.backbone), recipe.seed)
 
+    def sidecar(self, data: Data) -> None:
+        return None
+
     def opens(self, task: Task, clock: Clock) -> dict[str, float]:
         return {}
 

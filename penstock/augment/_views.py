@@ -17,7 +17,7 @@ from penstock.recipe import Block, Source, check, one_of
 from penstock.schedule import Clock, Duration, value_at
 from penstock.streams.batch import Batch
 from penstock.streams.data import Data
-from penstock.streams.loader import Micro, assemble
+from penstock.streams.loader import assemble
 from penstock.streams.train import TrainStream
 
 if TYPE_CHECKING:
@@ -160,8 +160,7 @@ class Viewer:
 
     def _batch(self, positions: np.ndarray) -> Batch:
         # The number of the step, which nothing here depends on, is left at 0.
-        knobs, repeats = self.knobs(int(positions[0])), self.stream.part.repeats
-        micro = Micro(positions, *self._locate(positions), knobs, step=0, repeats=repeats)
+        micro = self.stream.micro(positions, self.knobs(int(positions[0])))
         return assemble(micro, self.stream.images, self.stream.augment, self.recipe.seed)
 
     def _in_words(self, target: torch.Tensor) -> list[str]:

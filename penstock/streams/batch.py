@@ -19,6 +19,7 @@ class Batch:
     begin: int = 0  # position of the first sample that any rank has in this micro-batch
     faults: list[dict] = field(default_factory=list)  # one record per slot of weight 0: position, shard, key, reason
     ids: Tensor | None = None  # int64 [B], the bits of the samples' 64-bit ids; for the epoch's digest
+    extra: dict[str, Tensor] = field(default_factory=dict)  # [B, ...], what a sidecar holds of the views
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -31,6 +32,7 @@ class Batch:
             labels=self.labels.pin_memory(),
             weights=self.weights.pin_memory(),
             positions=self.positions.pin_memory(),
+            extra={name: values.pin_memory() for name, values in self.extra.items()},
         )
 
     def to(self, device: torch.device) -> "Batch":
@@ -43,4 +45,5 @@ class Batch:
             labels=move(self.labels),
             weights=move(self.weights),
             positions=move(self.positions),
+            extra={name: move(values) for name, values in self.extra.items()},
         )

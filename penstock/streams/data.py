@@ -20,6 +20,9 @@ class Data:
         val: Path | None = Field(None, description="folder of the packed validation set")
         labels: str | None = Field(None, description="train on a fixed share, '10%' or '4 per class'; null is all")
         repeats: int = Field(1, ge=1, description="times a sample is served in a row, augmented anew each time")
+        pool: int | None = Field(
+            None, ge=1, description="views that each sample has in all, served in turn; null augments anew without end"
+        )
         channels: Literal[1, 3] = Field(3, description="3 decodes to RGB, 1 to greyscale")
         workers: int = Field(2, ge=0, description="decoding processes per rank; 0 decodes in the training process")
         prefetch: int = Field(4, ge=1, description="micro-batches each worker prepares ahead")

@@ -146,6 +146,10 @@ class Indexed:
     ids: np.ndarray
     unreadable: list[str]
 
+    def matches(self, index: Path) -> bool:
+        """Whether the file `index` is this shard's index."""
+        return hashlib.sha256(index.read_bytes()).hexdigest() == self.shard.index_sha256
+
 
 def read_records(data: mmap.mmap | bytes, advance: Callable[[int], None] = lambda _: None) -> np.ndarray:
     """The records of a tar, made by walking it. Raises TarError."""
@@ -168,19 +172,25 @@ def read_records(data: mmap.mmap | bytes, advance: Callable[[int], None] = lambd
 
 
 def index_tar(
-    tar: Path, name: str, index: Path, advance: Callable[[int], None] = lambda _: None, write: bool = True
+    tar: Path,
+    name: str,
+    index: Path,
+    advance: Callable[[int], None] = lambda _: None,
+    write: bool = True,
+    read: Callable[..., np.ndarray] = read_records,
 ) -> Indexed:
     """Walk the tar and write its index atomically (or with `write=False` only describe what it would be).
 
     Args:
         name: the shard's name in the manifest and in messages; `tar` may still have a temporary one.
         index: path of the index.
+        read: makes the records, of a tar's bytes.
     """
     if tar.stat().st_size == 0:
         raise InputError(f"{tar} is empty; copy or make it again")
     with tar.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
-            records = read_records(data, advance)
+            records = read(data, advance)
         except TarError as error:
             raise InputError(f"{tar.with_name(Path(name).name)}, byte {error.offset:,}: {error.message}") from None
         sha256 = hashlib.sha256(data).hexdigest()

@@ -6,9 +6,9 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.util import Finalize
 from typing import Any, Protocol
@@ -21,19 +21,25 @@ from penstock.augment import Augment, Boxed
 from penstock.keyed import seed_sample
 from penstock.streams.batch import Batch
 from penstock.streams.images import Images, Sample
+from penstock.streams.reader import Fault
+from penstock.streams.sidecar import Sidecar
+
+POOL = 0x9001 << 44  # keys of a fixed pool's views begin with it, which no position does
+Key = tuple[int, ...]  # of a served sample's random numbers; a view's number follows it
 
 
 @dataclass(frozen=True)
 class Micro:
     """What one micro-batch of this rank will hold. The arrays are int64 [B]."""
 
-    positions: np.ndarray  # keys the randomness of augmentation
+    positions: np.ndarray  # keys the randomness of augmentation, unless there is a pool
     shards: np.ndarray  # -1 for a slot of padding
     samples: np.ndarray
     knobs: Mapping[str, float]  # the augmentation's at this step; `size` is the side of the square views in pixels
     step: int
     begin: int = 0  # position of the first sample that any rank has in it
     repeats: int = 1  # positions in a row that serve one sample
+    pool: np.ndarray | None = None  # which of each sample's fixed pool of views; keys them with the sample's id
 
 
 class Plan(Protocol):
@@ -41,35 +47,38 @@ class Plan(Protocol):
         """The micro-batch of this rank after `number` others, or None after the last."""
 
 
-def assemble(micro: Micro, images: Images, augment: Augment, seed: int) -> Batch:
-    """Read and augment one micro-batch. A sample that cannot be read is zeros, with weight 0 and a fault record."""
+def assemble(micro: Micro, images: Images, augment: Augment, seed: int, sidecar: Sidecar | None = None) -> Batch:
+    """Read and augment one micro-batch. A sample that cannot be read is zeros, with weight 0 and a fault record.
+
+    So is one for whose view the sidecar has nothing.
+    """
+    decoded = _Decoded(micro, images, augment, seed)
     samples: list[Sample] = []
+    beside: list[Mapping[str, np.ndarray]] = []
     size = int(micro.knobs["size"])
-    boxed, row = augment if isinstance(augment, Boxed) else None, None
     slots: list[list[torch.Tensor | None]] = [[] for _ in range(augment.views)]
     faults = []
     with _generators_kept():
-        places = zip(micro.positions.tolist(), micro.shards.tolist(), micro.samples.tolist(), strict=True)
-        for position, shard, number in places:
-            if row != (row := position // micro.repeats):  # repeated augmentation decodes once
-                served = range(row * micro.repeats, (row + 1) * micro.repeats)
-                factor_of = partial(largest_factor, boxed, micro.knobs, seed, served) if boxed else None
-                sample = images.load(shard, number, factor_of) if shard >= 0 else Sample(None, -1, "", 0)
+        for slot, (position, shard) in enumerate(zip(micro.positions.tolist(), micro.shards.tolist(), strict=True)):
+            sample, key = decoded.sample(slot)
+            if sidecar is not None:
+                sample, held = _beside(sidecar, micro, slot, sample)
+                beside.append(held)
             samples.append(sample)
             if sample.reason:
                 name = images.manifest.shards[shard].name
                 faults.append({"position": position, "shard": name, "key": sample.key, "reason": sample.reason})
-            for view, slot in enumerate(slots):
+            for view, views in enumerate(slots):
                 if sample.image is None:
-                    slot.append(None)
+                    views.append(None)
                     continue
-                seed_sample(seed, position, view)
-                if boxed:
-                    slot.append(boxed.view(sample.image, view, micro.knobs, sample.whole))
+                seed_sample(*key, view)
+                if decoded.boxed:
+                    views.append(decoded.boxed.view(sample.image, view, micro.knobs, sample.whole))
                 else:
-                    slot.append(augment.view(sample.image, view, micro.knobs))
+                    views.append(augment.view(sample.image, view, micro.knobs))
     return Batch(
-        views=[_stack(slot, (images.channels, size, size)) for slot in slots],
+        views=[_stack(views, (images.channels, size, size)) for views in slots],
         labels=torch.tensor([sample.label for sample in samples]),
         weights=torch.tensor([float(sample.image is not None) for sample in samples]),
         positions=torch.from_numpy(micro.positions),
@@ -78,35 +87,111 @@ def assemble(micro: Micro, images: Images, augment: Augment, seed: int) -> Batch
         begin=micro.begin,
         faults=faults,
         ids=torch.from_numpy(np.array([sample.id for sample in samples], dtype=np.uint64).view(np.int64)),
+        extra={name: _joined([held[name] for held in beside]) for name in (sidecar.blank if sidecar else ())},
     )
 
 
-def largest_factor(
-    augment: Boxed, knobs: Mapping[str, float], seed: int, positions: range, height: int, width: int
-) -> int:
+class _Decoded:
+    """The samples of a micro-batch in turn. Those served in a row share a decode where they need the same pixels."""
+
+    def __init__(self, micro: Micro, images: Images, augment: Augment, seed: int):
+        self.micro, self.images, self.seed = micro, images, seed
+        self.boxed = augment if isinstance(augment, Boxed) else None
+        self._last: tuple[tuple[int, int], tuple[Key, ...], Sample] | None = None
+        self._asked: tuple[int, int, int] | None = None  # height, width and factor, where the last decode asked for it
+
+    def sample(self, slot: int) -> tuple[Sample, Key]:
+        """The sample of a slot, and the key of its random numbers."""
+        place = int(self.micro.shards[slot]), int(self.micro.samples[slot])
+        if place[0] < 0:
+            return Sample(None, -1, "", 0), ()
+        key, sharing = self._keys(slot, place)
+        if not self._fits(place, sharing):
+            self._asked = None
+            factor_of = partial(self._factor, sharing) if self.boxed else None
+            self._last = place, sharing, self.images.load(*place, factor_of)
+        return self._last[2], key
+
+    def _keys(self, slot: int, place: tuple[int, int]) -> tuple[Key, tuple[Key, ...]]:
+        """The slot's key, and those of all servings that must be decoded alike.
+
+        The pixels of a view must not depend on which others are served together, on this rank or at all. Repeats of
+        one sample are therefore decoded for the most demanding of them. Views of a pool are decoded each for itself:
+        whoever makes or reads a pool has its views in other company.
+        """
+        position, repeats = int(self.micro.positions[slot]), self.micro.repeats
+        if self.micro.pool is not None:
+            key: Key = (self.seed, POOL, self.images.reader.record(*place).id, int(self.micro.pool[slot]))
+            return key, (key,)
+        row = position // repeats
+        return (self.seed, position), tuple((self.seed, row * repeats + again) for again in range(repeats))
+
+    def _factor(self, keys: tuple[Key, ...], height: int, width: int) -> int:
+        assert self.boxed is not None
+        factor = largest_factor(self.boxed, self.micro.knobs, keys, height, width)
+        self._asked = height, width, factor
+        return factor
+
+    def _fits(self, place: tuple[int, int], sharing: tuple[Key, ...]) -> bool:
+        """Whether the last sample is this one, decoded to the pixels that these servings need."""
+        if self._last is None or place != self._last[0]:
+            return False
+        if self.micro.pool is None or sharing == self._last[1]:
+            return sharing == self._last[1]
+        if self._asked is None or self.boxed is None:  # it is decoded whole, whoever it is for
+            return True
+        height, width, factor = self._asked
+        return largest_factor(self.boxed, self.micro.knobs, sharing, height, width) == factor
+
+
+def largest_factor(augment: Boxed, knobs: Mapping[str, float], keys: Iterable[Key], height: int, width: int) -> int:
     """The most an image can be decoded smaller by, 1, 2, 4 or 8, such that no view is enlarged for it.
 
     Args:
-        positions: all that serve this sample in a row, on whichever ranks: the factor, and so the pixels of a view,
-            must not depend on which of them are served together.
+        keys: of the random numbers of all servings that are decoded alike.
     """
     size, least = int(knobs["size"]), min(height, width)
     if least < 2 * size:
         return 1  # spares the draws
-    for position in positions:
+    for key in keys:
         for view in range(augment.views):
-            seed_sample(seed, position, view)
+            seed_sample(*key, view)
             least = min(least, *augment.box(height, width, view, knobs)[2:])
     return next((factor for factor in (8, 4, 2) if factor * size <= least), 1)
 
 
+def _beside(sidecar: Sidecar, micro: Micro, slot: int, sample: Sample) -> tuple[Sample, Mapping[str, np.ndarray]]:
+    """A sample with what its view has in the sidecar; without an image where there is nothing."""
+    if sample.image is None:
+        return sample, sidecar.blank
+    assert micro.pool is not None
+    try:
+        place = int(micro.shards[slot]), int(micro.samples[slot])
+        return sample, sidecar.read(*place, sample.key, int(micro.pool[slot]))
+    except Fault as fault:
+        return replace(sample, image=None, reason=str(fault)), sidecar.blank
+
+
+def _joined(held: list[np.ndarray]) -> torch.Tensor:
+    """[B, ...]; unsigned integers as int64, since torch computes with few of them."""
+    values = np.stack(held)
+    return torch.from_numpy(values.astype(np.int64) if values.dtype.kind == "u" else values)
+
+
 def open_loader(
-    plan: Plan, images: Images, augment: Augment, seed: int, workers: int, prefetch: int, device_type: str
+    plan: Plan,
+    images: Images,
+    augment: Augment,
+    seed: int,
+    workers: int,
+    prefetch: int,
+    device_type: str,
+    sidecar: Sidecar | None = None,
 ) -> Iterator[Batch]:
     """Batches of the plan in order. Micro-batch t is made by worker t % workers, so `in_order` keeps their sequence."""
     leaving = mmap.mmap(-1, 1)  # one byte that forks share
     loader = DataLoader(
-        _Planned(plan, images, augment, seed),
+        _Planned(plan, images, augment, seed, sidecar),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
@@ -124,14 +209,14 @@ def open_loader(
 
 
 class _Planned(IterableDataset):
-    def __init__(self, plan: Plan, images: Images, augment: Augment, seed: int):
-        self.plan, self.images, self.augment, self.seed = plan, images, augment, seed
+    def __init__(self, plan: Plan, images: Images, augment: Augment, seed: int, sidecar: Sidecar | None):
+        self.plan, self.images, self.augment, self.seed, self.sidecar = plan, images, augment, seed, sidecar
 
     def __iter__(self) -> Iterator[Batch]:
         worker: Any = get_worker_info()
         number, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         while (micro := self.plan.micro(number)) is not None:
-            yield assemble(micro, self.images, self.augment, self.seed)
+            yield assemble(micro, self.images, self.augment, self.seed, self.sidecar)
             number += stride
 
 

@@ -5,16 +5,12 @@ workers, and a pack that was killed goes on with the shards it finished. The man
 is no set.
 """
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +22,7 @@ from penstock.progress import progress
 from penstock.splitmix import permutation
 from penstock.streams import jobs
 from penstock.streams.atomic import replacing, sync_folder, temporary
+from penstock.streams.claim import LOCK, claimed, full_disk_said
 from penstock.streams.decode import DecodeError
 from penstock.streams.encoded import storable
 from penstock.streams.index import Indexed, collect, index_name, index_tar, load_records
@@ -34,7 +31,6 @@ from penstock.streams.sources import Item, Source
 from penstock.streams.tar import BLOCK, padded
 
 PLAN_VERSION = 1
-LOCK = ".pack-lock"
 MEASURED = 32  # images read beforehand, evenly spread, to learn what a sample takes
 
 
@@ -75,7 +71,7 @@ def pack(
     began = time.monotonic()
     dest = dest.absolute()
     items = _ordered(*source.items(), request)
-    with _claimed(dest), _full_disk_said(dest):
+    with claimed(dest), full_disk_said(dest):
         plan = _agree_on_plan(dest, source, items, request)
         size = plan["samples_per_shard"]
         numbers = range(-(-len(items) // size))
@@ -114,7 +110,7 @@ def pack_shard(
     bad: list[str] = []
     draft = temporary(tar)
     try:
-        with _full_disk_said(dest):
+        with full_disk_said(dest):
             _write_tar(draft, source, items, bad, advance)
             if len(bad) == len(items) or (bad and not leave_out):
                 return None, bad, False
@@ -180,8 +176,7 @@ def _finished(tar: Path, index: Path, items: list[tuple[str, Item]]) -> Indexed 
         keys = [key.decode() for key in load_records(index)["key"]]
     except (InputError, OSError):
         return None
-    intact = hashlib.sha256(index.read_bytes()).hexdigest() == found.shard.index_sha256
-    return found if intact and keys == [key for key, _ in items] else None
+    return found if found.matches(index) and keys == [key for key, _ in items] else None
 
 
 def _ordered(items: list[Item], runs: list[int], request: Request) -> list[tuple[str, Item]]:
@@ -265,44 +260,6 @@ def _need_space(dest: Path, size: int) -> None:
             f"about {size / 1e9:,.1f} GB are needed, and {dest} has {free / 1e9:,.1f} GB free; free some space, choose "
             "another DEST, or pack fewer images with --limit"
         )
-
-
-@contextmanager
-def _claimed(dest: Path) -> Iterator[None]:
-    """`dest`, made if need be, for this process alone, rid of an earlier run's drafts."""
-    try:
-        dest.mkdir(parents=True, exist_ok=True)
-        lock = (dest / LOCK).open("wb")
-    except OSError as error:
-        raise InputError(f"{dest} cannot be written: {error.strerror}; give another DEST") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            alone = os.path.samestat(os.fstat(lock.fileno()), (dest / LOCK).stat())
-        except (BlockingIOError, FileNotFoundError):
-            alone = False
-        except OSError:
-            alone = True  # a file system without locks, where a second pack goes unnoticed
-        if not alone:
-            raise InputError(f"another process is packing into {dest}; wait for it, or give another DEST")
-        for draft in dest.glob(".*.tmp-*"):
-            draft.unlink(missing_ok=True)
-        try:
-            yield
-        finally:
-            (dest / LOCK).unlink(missing_ok=True)
-
-
-@contextmanager
-def _full_disk_said(dest: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise InputError(
-            f"the disk of {dest} is full; free some space and run the same command again, it goes on where it was"
-        ) from None
 
 
 def refuse_nested(source: Path, dest: Path) -> None:

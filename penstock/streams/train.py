@@ -15,6 +15,7 @@ from penstock.streams.loader import Micro, open_loader
 from penstock.streams.manifest import Manifest
 from penstock.streams.order import Order
 from penstock.streams.part import Part
+from penstock.streams.sidecar import Sidecar
 
 QUARTERS = 4
 WORDS = {
@@ -39,6 +40,7 @@ class TrainStream:
         size_multiple: sizes that come from a curve are rounded to a multiple of it (the patch size).
         growth: while views are smaller than at the run's end, a step takes up to this many times the batch, so that
             its number of pixels stays about the same; in quarters of the batch, and the run ends on the same sample.
+        sidecar: hands over what it holds of each view of the fixed pool (`data.pool`), as `Batch.extra`.
     """
 
     def __init__(
@@ -55,7 +57,9 @@ class TrainStream:
         device_type: str = "cpu",
         size_multiple: int = 1,
         growth: float = 1.0,
+        sidecar: Sidecar | None = None,
     ):
+        assert sidecar is None or data.pool is not None, "views that never come again have nothing beside them"
         _check_divisible(batch, accumulation, world, growth)
         self.config, self.augment, self.seed, self.device_type = data, augment, seed, device_type
         self.manifest = Manifest.load(data.train)
@@ -63,7 +67,7 @@ class TrainStream:
         self.part = Part(self.images.reader, data.labels, seed, data.repeats)
         self.order = Order(self.part.sizes, seed, data.block, data.lanes, data.window)
         self.batch, self.accumulation, self.rank, self.world = batch, accumulation, rank, world
-        self.clock, self.size_multiple, self.growth = clock, size_multiple, growth
+        self.clock, self.size_multiple, self.growth, self.sidecar = clock, size_multiple, growth, sidecar
 
     @property
     def samples_per_epoch(self) -> int:
@@ -121,8 +125,25 @@ class TrainStream:
         """
         plan = _TrainPlan(self, since, since // self.batch if step is None else step)
         return open_loader(
-            plan, self.images, self.augment, self.seed, self.config.workers, self.config.prefetch, self.device_type
+            plan,
+            self.images,
+            self.augment,
+            self.seed,
+            self.config.workers,
+            self.config.prefetch,
+            self.device_type,
+            self.sidecar,
         )
+
+    def micro(self, positions: np.ndarray, knobs: Mapping[str, float], step: int = 0, begin: int = 0) -> Micro:
+        """The micro-batch of the samples at some positions."""
+        rows, again = np.divmod(positions, self.part.repeats)
+        shards, samples = self.order.locate(rows)
+        pool = None
+        if self.config.pool is not None:  # a sample's first serving has number 0, its next one number 1, ...
+            pool = (rows // self.part.samples * self.part.repeats + again) % self.config.pool
+        numbers = self.part.numbers(shards, samples)
+        return Micro(positions, shards, numbers, knobs, step, begin, self.part.repeats, pool)
 
 
 class _TrainPlan:
@@ -144,10 +165,7 @@ class _TrainPlan:
         # the lanes, always the same lanes of an epoch.
         count = batch // (stream.accumulation * stream.world)
         positions = begin + stream.rank + stream.world * np.arange(count, dtype=np.int64)
-        shards, samples = stream.order.locate(positions // stream.part.repeats)
-        numbers = stream.part.numbers(shards, samples)
-        knobs, step = stream.knobs_at(self._begin), self.first + steps
-        return Micro(positions, shards, numbers, knobs, step, begin, stream.part.repeats)
+        return stream.micro(positions, stream.knobs_at(self._begin), self.first + steps, begin)
 
 
 def _check_divisible(batch: int, accumulation: int, world: int, growth: float) -> None:

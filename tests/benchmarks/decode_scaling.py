@@ -92,7 +92,7 @@ def _whole(augment: Boxed, knobs: dict[str, Any], position: int, data: bytes) ->
 
 
 def _smaller(augment: Boxed, knobs: dict[str, Any], position: int, data: bytes) -> tuple[Tensor, int]:
-    image, whole = decode_smaller(data, 3, partial(largest_factor, augment, knobs, 0, range(position, position + 1)))
+    image, whole = decode_smaller(data, 3, partial(largest_factor, augment, knobs, [(0, position)]))
     seed_sample(0, position, 0)
     return augment.view(image, 0, knobs, whole).contiguous(), whole.factor if whole else 1
 

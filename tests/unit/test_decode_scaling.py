@@ -133,7 +133,7 @@ def test_the_largest_factor_of_the_most_demanding_view(augment):
     augment, found = augment(augment.Config(size=SIZE)), set()
     for row in range(60):
         positions = range(2 * row, 2 * row + 2)
-        factor = largest_factor(augment, {"size": SIZE}, 7, positions, HEIGHT, WIDTH)
+        factor = largest_factor(augment, {"size": SIZE}, [(7, position) for position in positions], HEIGHT, WIDTH)
         sides: list[int] = []
         for position in positions:
             for view in range(augment.views):
@@ -144,7 +144,7 @@ def test_the_largest_factor_of_the_most_demanding_view(augment):
     assert len(found) >= 2
     for size, factor in [(HEIGHT, 1), (HEIGHT // 2, 2), (HEIGHT // 2 + 1, 1), (23, 8), (24, 4), (1, 8)]:
         simple = Standard(Standard.Config(size=size, crop="simple", pad=0))
-        assert largest_factor(simple, {"size": size}, 0, range(1), HEIGHT, WIDTH) == factor
+        assert largest_factor(simple, {"size": size}, [(0, 0)], HEIGHT, WIDTH) == factor
 
 
 def test_interpolation_drawn_before_the_box():

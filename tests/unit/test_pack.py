@@ -214,7 +214,7 @@ def test_a_worker_killed_for_memory_is_said():
 
 
 def test_two_packs_into_one_folder(tmp_path):
-    with packing._claimed(tmp_path / "set"), pytest.raises(InputError, match="another process"):
+    with packing.claimed(tmp_path / "set"), pytest.raises(InputError, match="another process"):
         packed(class_tree(tmp_path / "tree"), tmp_path / "set")
 
 
