@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from launch import ablate, demo, local
+from launch import ablate, demo, distill, local
 
 
 def main() -> int:
@@ -12,6 +12,7 @@ def main() -> int:
     local.add_command(ways)
     demo.add_command(ways)
     ablate.add_command(ways)
+    distill.add_command(ways)
     args, rest = parser.parse_known_args()
     return args.run(args, rest)
 

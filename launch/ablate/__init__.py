@@ -6,8 +6,6 @@ intervals over the same validation images, and costs in time. The same command g
 
 import argparse
 import json
-import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,8 @@ from typing import Any
 from launch.ablate.parts import choose
 from launch.ablate.plan import ADD_ONE, KINDS, LEAVE_ONE_OUT, Plan
 from launch.launcher import Launcher, Local
-from penstock.errors import DONE, INPUT_WRONG, STOPPED, InputError
-
-SOME_FAILED = 1
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+from launch.series import say
+from penstock.errors import DONE, INPUT_WRONG, InputError
 
 
 def add_command(ways: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -54,9 +50,9 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def ablate(args: argparse.Namespace, overrides: list[str], launcher: Launcher) -> int:
-    from launch.ablate.runs import Series, check, resolve
+    from launch.ablate.check import check
+    from launch.series import Series, follow, resolve
     from penstock.recipe import load
-    from penstock.tracking import Tracker
 
     values = load(args.recipe, overrides).values
     folder = Path(values.get("out", "runs")) / f"{values.get('name', Path(args.recipe).stem)}-ablation"
@@ -66,41 +62,11 @@ def ablate(args: argparse.Namespace, overrides: list[str], launcher: Launcher) -
     first = int(values.get("seed", 0))
     plan = Plan.of(args.recipe, overrides, parts, range(first, first + args.seeds), args.kinds)
     recipes = check(plan, parts, resolve)
-    config = Tracker.Config(**recipes["full"]["tracking"])
-    series = Series(plan, folder, recipes, [])
+    series = Series(plan, folder, recipes)
     series.refuse_changed()
-    stopping: list[int] = []
-
-    def stop(number: int, frame: object) -> None:
-        stopping.append(number)
-        launcher.stop()
-
-    for number in SIGNALS:
-        signal.signal(number, stop)
-    params = {"recipe": recipes["full"], "ablate": {"parts": plan.parts, "seeds": plan.seeds}}
-    tracker = Tracker(config, folder, folder.name, params, {"stage": "ablate"}, active=True)
     plan.save(folder)
-    series.tracking = [f"tracking.parent={tracker.id}", *store(config, folder)]
-    try:
-        code, failed = series.run(launcher, lambda: bool(stopping), say)
-        show(folder, args.metric, tracker)
-    except BaseException:
-        tracker.close("FAILED")
-        raise
-    tracker.close("KILLED" if code == STOPPED else "FAILED" if failed else "FINISHED")
-    for line in failed:
-        say(f"failed: {line}")
-    if code == STOPPED:
-        say("stopped; the same command goes on from here")
-        return STOPPED
-    return SOME_FAILED if failed else DONE
-
-
-def store(config: Any, folder: Path) -> list[str]:
-    """The runs lie a folder deeper than the ablation's own journal, and go to the same MLflow store."""
-    if config.uri or os.environ.get("MLFLOW_TRACKING_URI"):
-        return []
-    return [f"tracking.uri=sqlite:///{folder.parent.resolve() / 'mlflow.db'}"]
+    params = {"recipe": recipes["full"], "ablate": {"parts": plan.parts, "seeds": plan.seeds}}
+    return follow(series, "ablate", params, launcher, lambda tracker: show(folder, args.metric, tracker))
 
 
 def show(folder: Path, metric: str, tracker: Any = None) -> int:
@@ -127,7 +93,3 @@ def show(folder: Path, metric: str, tracker: Any = None) -> int:
                 tracker.log(len(made.runs), metrics)
     say(f"kept in {folder}: report.json, effects.png")
     return DONE
-
-
-def say(text: str) -> None:
-    print(text, flush=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.ablate.parts import Part
+from launch.series import Trial, beneath
 from penstock.errors import InputError
 
 LEAVE_ONE_OUT, ADD_ONE = "leave-one-out", "add-one"
@@ -22,18 +23,6 @@ class Contrast:
     kind: str
     on: str
     off: str
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One run: a variant of the recipe with a seed."""
-
-    variant: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.variant}-seed{self.seed}"
 
 
 @dataclass
@@ -75,13 +64,17 @@ class Plan:
         """In the order in which they run: every variant with one seed before the next seed."""
         return [Trial(variant, seed) for seed in self.seeds for variant in self.variants]
 
+    def overrides_of(self, variant: str) -> list[str]:
+        return self.values(self.variants[variant])
+
     def values(self, off: Sequence[str]) -> list[str]:
         """Overrides of the recipe with these parts off; they win over what the command line says of the same keys."""
         without = {key: value for part in off for key, value in self.parts[part].items()}
-        kept = [given for given in self.overrides if not _beneath(given.partition("=")[0].strip(), without)]
+        kept = [given for given in self.overrides if not beneath(given.partition("=")[0].strip(), without)]
         return [*kept, *(f"{key}={value}" for key, value in without.items())]
 
     def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         fresh = folder / f".{FILE}"
         fresh.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
         fresh.replace(folder / FILE)
@@ -92,7 +85,3 @@ class Plan:
             raise InputError(f"{folder} holds no ablation yet; leave out --report to run it")
         values: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
         return cls(**{**values, "contrasts": [Contrast(**each) for each in values["contrasts"]]})
-
-
-def _beneath(key: str, others: dict[str, str]) -> bool:
-    return any(key == other or key.startswith(f"{other}.") for other in others)

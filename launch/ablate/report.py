@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
-from launch.ablate.plan import ADD_ONE, KINDS, LEAVE_ONE_OUT, Contrast, Plan, Trial
-from launch.ablate.runs import PREDICTIONS, finished
+from launch.ablate.plan import ADD_ONE, KINDS, LEAVE_ONE_OUT, Contrast, Plan
+from launch.series import PREDICTIONS, Trial, finished
 from penstock.errors import InputError
 from penstock.paired import METRICS, Comparison, Effect, Predictions
 from penstock.tracking.journal import Run, read_run

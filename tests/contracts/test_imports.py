@@ -159,7 +159,7 @@ HEAVY = ("torch", "torchvision", "timm", "deepspeed", "mlflow", "sklearn", "matp
 @pytest.mark.parametrize(
     "code",
     [
-        "import launch.__main__, launch.local, launch.ablate.runs, launch.ablate.report",
+        "import launch.__main__, launch.local, launch.series, launch.distill, launch.ablate.report",
         "import penstock.recipe, penstock.errors, penstock.progress, penstock.registry",
         "import penstock.cli",
     ],

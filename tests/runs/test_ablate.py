@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.ablate.runs import resolve
+from launch.series import resolve
 from penstock.tracking import process
 from penstock.tracking.mirror import open_store
 from tests.runs.runner import kill

@@ -13,8 +13,7 @@ import pytest
 import yaml
 
 from launch import __main__ as command_line
-from launch import ablate
-from launch.ablate import runs
+from launch import ablate, series
 from launch.ablate.parts import choose, known_parts
 from launch.ablate.plan import ADD_ONE, LEAVE_ONE_OUT, Plan
 from launch.ablate.report import as_json, report
@@ -89,9 +88,9 @@ def run(monkeypatch, recipe, tmp_path):
     def resolve(path: str, variants: list[list[str]]) -> list[dict | str]:
         return [load(path, each).values for each in variants]
 
-    monkeypatch.setattr(runs, "resolve", resolve)
+    monkeypatch.setattr(series, "resolve", resolve)
     monkeypatch.setattr("penstock.tracking.origin", dict)  # asking git takes its time for each of many runs
-    before = {number: signal.getsignal(number) for number in ablate.SIGNALS}
+    before = {number: signal.getsignal(number) for number in series.SIGNALS}
 
     def call(launcher: Fake, *words: str) -> int:
         monkeypatch.setattr(ablate, "Local", lambda procs, threads: launcher)
@@ -230,7 +229,7 @@ def test_a_signal_stops_it_resumably(run, number):
 
 def test_a_run_that_fails_does_not_end_the_others(run, tmp_path, capsys):
     fake = Fake(lambda values: 3 if values["name"] == "without-cutmix-seed6" else DONE)
-    assert run(fake, "--over", "mixup,cutmix", "--seeds", "2") == ablate.SOME_FAILED
+    assert run(fake, "--over", "mixup,cutmix", "--seeds", "2") == series.SOME_FAILED
     assert len(fake.ran) == 8
     shown = capsys.readouterr().out
     assert "failed: without-cutmix-seed6: exit code 3" in shown and "last words" in shown

@@ -1,18 +1,18 @@
-"""The runs of an ablation: checked before the first starts, each run once, gone on with after an interruption."""
+"""A series of runs of one recipe: each run once, gone on with after an interruption, shown under one parent run."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
-from launch.ablate.parts import Part
-from launch.ablate.plan import ADD_ONE, Plan, Trial
 from launch.launcher import Launcher
 from penstock.compare import duration
 from penstock.errors import DONE, STOPPED, InputError
@@ -22,8 +22,34 @@ from penstock.tracking.journal import NAME, read_run
 STAGE = "finetune"
 PREDICTIONS = "predictions.npz"
 OUTSIDE = ("tracking", "out")  # blocks and keys of a recipe that change nothing in a run's result
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+SOME_FAILED = 1
 
 Resolve = Callable[[str, list[list[str]]], list[dict | str]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run: a variant of the recipe with a seed."""
+
+    variant: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}-seed{self.seed}"
+
+
+class Plan(Protocol):
+    """Which runs there are."""
+
+    recipe: str
+
+    def trials(self) -> list[Trial]: ...
+
+    def overrides_of(self, variant: str) -> list[str]:
+        """What makes the recipe this variant."""
+        ...
 
 
 def resolve(recipe: str, variants: list[list[str]]) -> list[dict | str]:
@@ -35,34 +61,6 @@ def resolve(recipe: str, variants: list[list[str]]) -> list[dict | str]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def check(plan: Plan, parts: Sequence[Part], resolve: Resolve) -> dict[str, dict[str, Any]]:
-    """The resolved recipe of each variant, and of the base as `full`.
-
-    Raises InputError for a variant that cannot run, a part that the recipe does not have, and a part that changes
-    nothing where the others are off.
-    """
-    off = {"full": [], **{f"without-{part.name}": [part.name] for part in parts}, **plan.variants}
-    found = dict(zip(off, resolve(plan.recipe, [plan.values(each) for each in off.values()]), strict=True))
-    if isinstance(found["full"], str):
-        raise InputError(found["full"])
-    wrong = [f"{name}: {words}" for name, words in found.items() if isinstance(words, str)]
-    if wrong:
-        raise InputError("\n".join(wrong))
-    recipes: dict[str, dict[str, Any]] = {name: each for name, each in found.items() if isinstance(each, dict)}
-    for part in parts:
-        if not difference(recipes["full"], recipes[f"without-{part.name}"]):
-            has = ", ".join(f"{key}={value}" for key, value in part.off.items())
-            hint = f"; to have it on, write for example {part.on}" if part.on else ""
-            raise InputError(f"{part.name}: {plan.recipe} has it off already ({has}){hint}")
-    for contrast in plan.contrasts:
-        if contrast.kind == ADD_ONE and not difference(recipes[contrast.on], recipes[contrast.off]):
-            raise InputError(
-                f"{contrast.part} changes nothing where the other parts are off, so it cannot be added alone: another "
-                "part switches the same keys; leave one of them out, or give --leave-one-out"
-            )
-    return recipes
-
-
 @dataclass
 class Series:
     """The runs of a plan in its folder."""
@@ -70,14 +68,14 @@ class Series:
     plan: Plan
     folder: Path
     recipes: Mapping[str, dict[str, Any]]  # resolved, by variant
-    tracking: Sequence[str]  # overrides by which the runs are shown under the ablation's own
+    tracking: Sequence[str] = ()  # overrides by which the runs are shown under the ablation's own
 
     def expected(self, trial: Trial) -> dict[str, Any]:
         return {**self.recipes[trial.variant], "name": trial.name, "seed": trial.seed}
 
     def arguments(self, trial: Trial) -> list[str]:
         own = [f"out={self.folder}", f"name={trial.name}", f"seed={trial.seed}", *self.tracking]
-        return [self.plan.recipe, *self.plan.values(self.plan.variants[trial.variant]), *own]
+        return [self.plan.recipe, *self.plan.overrides_of(trial.variant), *own]
 
     def refuse_changed(self) -> None:
         """Raises InputError where a run in the folder, finished or not, was another recipe's."""
@@ -86,7 +84,7 @@ class Series:
             if changed:
                 differing = "\n".join(f"  {key}: {was} there, {now} now" for key, (was, now) in changed.items())
                 raise InputError(
-                    f"{self.folder / trial.name} is a run of another recipe:\n{differing}\nGive this ablation another "
+                    f"{self.folder / trial.name} is a run of another recipe:\n{differing}\nGive this series another "
                     f"name (name=...), or move {self.folder} away"
                 )
 
@@ -118,6 +116,59 @@ class Series:
         return finished(self.folder / trial.name)
 
 
+def follow(
+    series: Series, stage: str, params: Mapping[str, Any], launcher: Launcher, show: Callable[[Any], object]
+) -> int:
+    """Run a series under a tracked run of its own, stoppable, and show what came out.
+
+    Args:
+        stage: of the parent run.
+        params: of the parent run.
+        show: is given the parent's tracker, and keeps the report there.
+
+    Returns:
+        The exit code: 0 done, 1 some runs failed, 75 stopped and resumable.
+    """
+    from penstock.tracking import Tracker
+
+    series.refuse_changed()
+    stopping: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        stopping.append(number)
+        launcher.stop()
+
+    for number in SIGNALS:
+        signal.signal(number, stop)
+    config = Tracker.Config(**next(iter(series.recipes.values()))["tracking"])
+    tracker = Tracker(config, series.folder, series.folder.name, params, {"stage": stage}, active=True)
+    series.tracking = [f"tracking.parent={tracker.id}", *store(config, series.folder)]
+    try:
+        code, failed = series.run(launcher, lambda: bool(stopping), say)
+        show(tracker)
+    except BaseException:
+        tracker.close("FAILED")
+        raise
+    tracker.close("KILLED" if code == STOPPED else "FAILED" if failed else "FINISHED")
+    for line in failed:
+        say(f"failed: {line}")
+    if code == STOPPED:
+        say("stopped; the same command goes on from here")
+        return STOPPED
+    return SOME_FAILED if failed else DONE
+
+
+def store(config: Any, folder: Path) -> list[str]:
+    """The runs lie a folder deeper than the series' own journal, and go to the same MLflow store."""
+    if config.uri or os.environ.get("MLFLOW_TRACKING_URI"):
+        return []
+    return [f"tracking.uri=sqlite:///{folder.parent.resolve() / 'mlflow.db'}"]
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
 def finished(folder: Path) -> bool:
     return (folder / NAME).is_file() and (folder / PREDICTIONS).is_file() and read_run(folder).status == "FINISHED"
 
@@ -135,3 +186,8 @@ def last_lines(log: Path, count: int = 8) -> str:
     if not log.is_file():
         return ""
     return "\n".join(f"    {line}" for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:])
+
+
+def beneath(key: str, others: Iterable[str]) -> bool:
+    """Whether a dotted key is one of others, or inside one."""
+    return any(key == other or key.startswith(f"{other}.") for other in others)

@@ -1,0 +1,144 @@
+"""`python -m launch distill RECIPE --seeds 3`: is the student better for its teacher, and what does it cost?
+
+Runs the recipe's student with its teacher and alone, on the same budget and the same views, then reports teacher and
+students side by side with `penstock students`. The same command goes on where it was interrupted.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.launcher import Launcher, Local
+from launch.series import Series, Trial, beneath, finished, follow, resolve, say
+from penstock.errors import INPUT_WRONG, InputError
+
+ALONE, DISTILLED, ONLINE = "alone", "distilled", "online"
+LOSSES = "task.losses"
+LATENCY_ROUNDS = 5
+
+
+@dataclass
+class Students:
+    """The runs of a distillation: variants by name, each a set of values that go before the recipe's."""
+
+    recipe: str
+    overrides: list[str]
+    seeds: list[int]
+    variants: dict[str, dict[str, str]]
+
+    def trials(self) -> list[Trial]:
+        return [Trial(variant, seed) for seed in self.seeds for variant in self.variants]
+
+    def overrides_of(self, variant: str) -> list[str]:
+        own = self.variants[variant]
+        kept = [given for given in self.overrides if not beneath(given.partition("=")[0].strip(), own)]
+        return [*kept, *(f"{key}={value}" for key, value in own.items())]
+
+
+def add_command(ways: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = ways.add_parser("distill", help="a student with its teacher and alone, compared in one table and picture")
+    parser.add_argument("recipe", metavar="RECIPE")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each variant, with seeds from the recipe's on")
+    parser.add_argument("--losses", metavar="A,B", help="a variant for each of these losses by itself, at its defaults")
+    parser.add_argument("--online", action="store_true", help="where the recipe has a cache, a variant without it, too")
+    parser.add_argument("--procs", type=int, default=None, help="ranks of each run, as of `launch local`")
+    parser.add_argument("--threads", type=int, default=None, help="threads of each rank, as of `launch local`")
+    parser.add_argument("--report", action="store_true", help="only show what the runs so far have found")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, rest: list[str]) -> int:
+    """The exit code: 0 done, 1 some runs failed, 2 the input is wrong, 75 stopped and resumable."""
+    try:
+        unknown = [word for word in rest if word.startswith("-") or "=" not in word]
+        if unknown:
+            raise InputError(f"what is {unknown[0]!r}? Options are in --help; values of the recipe are key=value")
+        if args.seeds < 1:
+            raise InputError("--seeds is at least 1")
+        return distill(args, [*args.overrides, *rest], Local(args.procs, args.threads))
+    except InputError as error:
+        print(f"distill: {error}", file=sys.stderr)
+        return INPUT_WRONG
+
+
+def distill(args: argparse.Namespace, overrides: list[str], launcher: Launcher) -> int:
+    plan, base = planned(args, overrides)
+    recipes = resolved_all(plan)
+    folder = Path(base["out"]) / f"{base['name']}-distillation"
+    series = Series(plan, folder, recipes)
+    if args.report:
+        return report(series, recipes[DISTILLED])
+    params = {"recipe": recipes[DISTILLED], "distill": {"seeds": plan.seeds, "variants": plan.variants}}
+    return follow(series, "distill", params, launcher, lambda tracker: report(series, recipes[DISTILLED], tracker))
+
+
+def planned(args: argparse.Namespace, overrides: list[str]) -> tuple[Students, dict[str, Any]]:
+    """The plan, and the recipe as it is. Raises InputError where it does not distill."""
+    (base,) = resolve(args.recipe, [overrides])
+    if isinstance(base, str):
+        raise InputError(base)
+    if base.get("task", {}).get("name") != "distill":
+        raise InputError(f"{args.recipe} distills nothing; give it task=distill and task.teacher=RUN")
+    variants: dict[str, dict[str, str]] = {DISTILLED: {}, ALONE: {"task": "classify"}}
+    for name in filter(None, (args.losses or "").split(",")):
+        off = {f"{LOSSES}.{other}": "null" for other in base["task"]["losses"] if other != name}
+        variants[name] = {**off, f"{LOSSES}.{name}": "{}"}
+    if args.online:
+        if not base["task"].get("cache"):
+            raise InputError(f"--online: {args.recipe} has no cached teacher, so it is online as it is")
+        variants[ONLINE] = {"task.cache": "null"}
+    return Students(args.recipe, overrides, list(range(base["seed"], base["seed"] + args.seeds)), variants), base
+
+
+def resolved_all(plan: Students) -> dict[str, dict[str, Any]]:
+    """The resolved recipe of each variant. Raises InputError for those that cannot run."""
+    found = dict(zip(plan.variants, resolve(plan.recipe, [*map(plan.overrides_of, plan.variants)]), strict=True))
+    wrong = [f"{name}: {words}" for name, words in found.items() if isinstance(words, str)]
+    if wrong:
+        raise InputError("\n".join(wrong))
+    return {name: each for name, each in found.items() if isinstance(each, dict)}
+
+
+def report(series: Series, recipe: dict[str, Any], tracker: Any = None) -> int:
+    """Teacher and students so far, measured side by side in a process that may import torch."""
+    done: dict[str, list[Path]] = {}
+    for trial in series.plan.trials():
+        if finished(series.folder / trial.name):
+            done.setdefault(trial.variant, []).append(series.folder / trial.name)
+    if not done:
+        say("no run has finished yet")
+        return 0
+    command = command_of(recipe, series.folder, done)
+    code = subprocess.run(command).returncode
+    if code:
+        say(f"{' '.join(command[1:])} ended with {code}")
+    elif tracker is not None:
+        keep(series.folder, tracker)
+    return code
+
+
+def command_of(recipe: dict[str, Any], folder: Path, done: dict[str, list[Path]]) -> list[str]:
+    students = [f"{name}={','.join(map(str, runs))}" for name, runs in done.items()]
+    command = [sys.executable, "-m", "penstock.cli", "students", recipe["task"]["teacher"], *students]
+    return [*command, "--data", str(recipe["data"]["val"]), "--rounds", str(LATENCY_ROUNDS), "--out", str(folder)]
+
+
+def keep(folder: Path, tracker: Any) -> None:
+    """Figures as metrics of the parent run, table and picture as its artifacts."""
+    made = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    for file in ("report.json", "report.txt", "students.png"):
+        if (folder / file).is_file():
+            tracker.artifact(folder / file)
+    for row in rows_of(made):
+        figures = {key: value for key, value in row.items() if isinstance(value, (int, float))}
+        tracker.log(0, {f"{row['name']}/{key}": float(value) for key, value in figures.items()})
+
+
+def rows_of(made: dict[str, Any]) -> Sequence[dict[str, Any]]:
+    return [made["teacher"], *made["students"]]
