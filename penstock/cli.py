@@ -9,6 +9,8 @@ from penstock import __version__
 from penstock.augment import _commands as augment
 from penstock.errors import INPUT_WRONG, STOPPED, InputError
 from penstock.evaluate import _commands as evaluate
+from penstock.evaluate import _students as students
+from penstock.formats import _commands as formats
 from penstock.streams import commands as shards
 from penstock.tracking import commands as tracking
 
@@ -35,6 +37,8 @@ def _run(argv: Sequence[str] | None) -> int:
     shards.add_commands(commands)
     augment.add_commands(commands)
     evaluate.add_commands(commands)
+    students.add_commands(commands)
+    formats.add_commands(commands)
     tracking.add_commands(commands)
     args = parser.parse_args(argv)
     try:

@@ -19,6 +19,9 @@ ONLY = {
     "deepspeed": "penstock/engine",
     "mlflow": "penstock/tracking/mirror.py",
     "webdataset": "penstock/streams/",
+    "onnx": "penstock/formats/",
+    "onnxscript": "penstock/formats/",
+    "onnxruntime": "penstock/formats/",
     "penstock.trainer": "penstock/assembly.py",  # below the trainer, nothing knows it
 }
 # What a part may not import.
@@ -104,6 +107,8 @@ def test_imports_point_one_way():
         ("penstock/compare.py", "import mlflow.tracking"),
         ("penstock/tracking/mirrored.py", "from mlflow import MlflowClient"),
         ("pretrain/run.py", "import webdataset as wds"),
+        ("penstock/export.py", "def f():\n    import onnx"),
+        ("finetune/run.py", "from onnxruntime.quantization import quantize_static"),
         ("penstock/streams.py", "import webdataset"),
         ("penstock/stage.py", "from pretrain import recipe"),
         ("penstock/stage.py", "import importlib\nimportlib.import_module('pretrain.methods.mae')"),
@@ -135,6 +140,7 @@ def test_each_rule_is_noticed_when_broken(tmp_path, path, source):
         ("penstock/engine_state.py", "import deepspeed"),
         ("penstock/tracking/mirror.py", "import mlflow"),
         ("penstock/streams/pack.py", "import webdataset"),
+        ("penstock/formats/int8.py", "import onnx, onnxruntime"),
         ("pretrain/run.py", "from penstock.assembly import run"),
         ("launch/local.py", "from penstock.recipe import load\nfrom launch import demo\nimport rich"),
     ],
@@ -153,7 +159,7 @@ def loaded_by(code: str, names: tuple[str, ...]) -> list[str]:
     return done.stdout.split("\n")[-2].split()
 
 
-HEAVY = ("torch", "torchvision", "timm", "deepspeed", "mlflow", "sklearn", "matplotlib", "pandas", "webdataset")
+HEAVY = ("torch", "torchvision", "timm", "deepspeed", "mlflow", "sklearn", "matplotlib", "pandas", "webdataset", "onnx", "onnxruntime")
 
 
 @pytest.mark.parametrize(

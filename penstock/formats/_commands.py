@@ -1,0 +1,107 @@
+"""`penstock export MODEL` and `penstock predict MODEL IMAGES`. Heavy imports wait until a command runs."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from penstock.errors import DONE
+
+if TYPE_CHECKING:
+    from penstock.formats.write import Written
+
+FORMS = ("torch", "onnx")
+EXPORT = """Write a trained network in the forms people deploy: model.pt2 (torch.export: torch alone runs it),
+model.onnx and model.int8.onnx. Each takes uint8 images [B, C, H, W], resized and cropped, gives logits and calibrated
+probabilities, and has class names, preprocessing, temperature and the weights' checksum inside. The fp32 forms are
+compared with the network before they are kept. ONNX needs `pip install 'penstock[export]'`."""
+PREDICT = """Labels and calibrated probabilities of images, prepared as in evaluation. A .onnx file is run by
+onnxruntime."""
+
+
+def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser("export", help="write torch.export, ONNX and int8 files", description=EXPORT)
+    add = parser.add_argument
+    add("model", metavar="MODEL", type=Path, help="a run folder, or an export folder of a classifier or backbone")
+    add("--to", metavar="FORMS", type=_forms, default=FORMS, help="of torch and onnx, with commas (torch,onnx)")
+    add("--int8", metavar="DATA", type=Path, help="also in int8, with ranges measured on images of this packed set")
+    add("--val", metavar="DATA", type=Path, help="packed set to compare the forms on (images of --int8, or noise)")
+    add("--out", metavar="FOLDER", type=Path, help="where the files go (the export folder)")
+    add("--fold", action="store_true", help="fold batch norm into the layers before it; runtimes may do so as well")
+    parser.set_defaults(run=_export)
+    parser = subparsers.add_parser("predict", help="labels and probabilities of images", description=PREDICT)
+    add = parser.add_argument
+    add("model", metavar="MODEL", type=Path, help="a run, an export folder, a .pt2 or a .onnx file")
+    add("images", metavar="IMAGES", type=Path, nargs="+", help="files, folders, or a packed set")
+    add("--top", metavar="N", type=_count, default=5, help="classes told for each image (5)")
+    add("--format", choices=("table", "json", "csv"), default="table")
+    add("--batch", metavar="N", type=_count, default=32, help="images per forward (32)")
+    add("--size", metavar="PIXELS", type=_count, help="side of the images (the model's own)")
+    add("--sheet", metavar="PNG", type=Path, help="draw the images with their labels")
+    parser.set_defaults(run=_predict)
+
+
+def _forms(text: str) -> tuple[str, ...]:
+    forms = tuple(dict.fromkeys(text.split(",")))
+    if unknown := [form for form in forms if form not in FORMS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(FORMS)}")
+    return forms
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from penstock.export import read_about
+    from penstock.formats.data import packed
+    from penstock.formats.network import export_folder
+    from penstock.formats.write import export_forms
+
+    if "onnx" in args.to or args.int8 is not None:
+        from penstock.formats.onnx import need
+
+        need("onnx", "onnxscript", "onnxruntime")  # before any work
+    export = export_folder(args.model)
+    calibration = None if args.int8 is None else packed(args.int8, "train")
+    val = None if args.val is None else packed(args.val, "val")
+    out = args.out or export
+    rows = export_forms(export, out, args.to, calibration, val, args.fold)
+    seen = f"{val.root}" if val else f"images of {calibration.root}" if calibration else "noise"
+    _print(f"{out}, compared on {rows[0].agreement.images:,} images ({seen})", rows, read_about(export))
+    return DONE
+
+
+def _print(title: str, rows: "list[Written]", about: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    labels, accuracy, timed = "classes" in about, rows[0].agreement.top1 is not None, rows[-1].milliseconds
+    table = Table(title=Text(title))
+    table.add_column("form", no_wrap=True)
+    table.add_column("file", no_wrap=True)
+    heads = ["MB", "largest diff", *(["other label"] if labels else []), *(["top-1"] if accuracy else [])]
+    for head in (*heads, *(f"ms, {size}" for size in timed)):
+        table.add_column(head, justify="right", no_wrap=not head.startswith("largest"))
+    for row in rows:
+        found = row.agreement
+        cells = [row.form, row.file.name, f"{row.megabytes:.2f}", f"{found.largest:.1e}"]
+        cells += [f"{found.differ:,} of {found.images:,}"] if labels else []
+        cells += [f"{found.top1:.2f} %"] if accuracy else []
+        table.add_row(*map(Text, cells), *(f"{taken:.2f}" for taken in row.milliseconds.values()))
+    console = Console(highlight=False)
+    console.print(table)
+    by_form = {row.form: row.milliseconds for row in rows}
+    if timed and "onnx" in by_form:
+        shares = (f"{by_form['int8'][size] / taken:.2f} at batch {size}" for size, taken in by_form["onnx"].items())
+        console.print(f"int8 takes this share of ONNX's time in fp32: {', '.join(shares)}")
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from penstock.formats.predict import predict
+
+    predict(args)
+    return DONE

@@ -1,0 +1,61 @@
+"""`model.int8.onnx`: weights and activations in 8 bits, the ranges of activations measured on real images.
+
+Static quantization as QDQ nodes, which onnxruntime fuses into integer kernels; weights have a scale per channel.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from penstock.formats import onnx as fp32
+from penstock.formats.network import Network
+
+FILE = "model.int8.onnx"
+IMAGES, BATCH = 256, 32  # that ranges are measured on
+OPERATIONS = ["Conv", "MatMul", "Gemm"]  # where the arithmetic is
+
+
+def write(network: Network, images: Sequence[Tensor]) -> bytes:
+    """The file's content.
+
+    Args:
+        images: batches uint8 [B, C, H, W], prepared.
+    """
+    fp32.need("onnx", "onnxscript", "onnxruntime")
+    import onnx
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    with tempfile.TemporaryDirectory() as folder, fp32.quiet():
+        plain, prepared, made = (Path(folder, name) for name in ("plain.onnx", "prepared.onnx", "int8.onnx"))
+        plain.write_bytes(fp32.write(network))
+        quant_pre_process(plain, prepared, skip_symbolic_shape=True)
+        quantize_static(
+            prepared,
+            made,
+            _reader(images),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=OPERATIONS,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=CalibrationMethod.MinMax,
+        )
+        return fp32.content_of(onnx.load(made), network.about, onnx)
+
+
+def _reader(images: Sequence[Tensor]) -> Any:
+    from onnxruntime.quantization import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.rest = iter(images)
+
+        def get_next(self) -> dict[str, Any] | None:
+            batch = next(self.rest, None)
+            return None if batch is None else {"images": batch.numpy()}
+
+    return Reader()

@@ -1,0 +1,102 @@
+"""`model.onnx`: for onnxruntime, and all that reads ONNX; its metadata says, under `penstock`, what it is."""
+
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from penstock.errors import InputError
+from penstock.formats.about import KEY, REMEDY, About
+from penstock.formats.network import Network
+from penstock.formats.torch_export import program
+
+FILE = "model.onnx"
+OPSET = 20  # the first with Gelu, which torch's exporter writes
+LARGEST = 2**31  # bytes of a protobuf message
+
+
+def need(*libraries: str) -> None:
+    """InputError unless they are installed."""
+    absent = [name for name in libraries if importlib.util.find_spec(name) is None]
+    if absent:
+        raise InputError(f"ONNX needs {', '.join(absent)}; install with pip install 'penstock[export]'")
+
+
+def write(network: Network) -> bytes:
+    """The file's content, checked by ONNX; any number of images B >= 1 at a time."""
+    need("onnx", "onnxscript")
+    import onnx
+
+    with quiet():
+        made = torch.onnx.export(
+            program(network),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=["features"] if network.about.classes is None else ["logits", "probabilities"],
+            verbose=False,
+        )
+    assert made is not None
+    model = made.model_proto
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+    return content_of(model, network.about, onnx)
+
+
+def content_of(model: Any, about: About, onnx: Any) -> bytes:
+    """A model with what it says of itself, checked and serialised."""
+    onnx.helper.set_model_props(model, {KEY: about.text()})
+    if model.ByteSize() >= LARGEST:
+        raise InputError(
+            f"a network of {model.ByteSize() / 1e9:.1f} GB does not fit into one ONNX file; use --to torch"
+        )
+    onnx.checker.check_model(model, full_check=True)
+    return model.SerializeToString()
+
+
+def read(content: bytes, where: Path) -> tuple[Callable[[Tensor], Tensor], About]:
+    """A function from uint8 images to logits, or features, by onnxruntime on the CPU, and what the file says of itself.
+
+    Raises:
+        InputError: damaged, or not written by Penstock.
+    """
+    need("onnxruntime")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors
+    try:
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has an exception for each of its codes, without a common class
+        first = (str(error).strip().splitlines() or [""])[0][:200]
+        raise InputError(f"{where} is damaged, or no ONNX file: {first}; {REMEDY}") from error
+    about = About.read(session.get_modelmeta().custom_metadata_map.get(KEY), where)
+    first = session.get_outputs()[0].name
+
+    def answers(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run([first], {"images": images.contiguous().numpy()})[0])
+
+    return answers, about
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without torch's and onnxscript's progress and warnings, which are about themselves."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
