@@ -1,6 +1,7 @@
 """What a network costs to keep and to run: parameters, multiply-accumulates, bytes, and time on this machine."""
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,11 +25,16 @@ Image = tuple[int, int, int]  # channels, height, width
 
 
 class Latency(NamedTuple):
-    """Milliseconds of one forward of a batch, over rounds: the median, and the quartiles around it."""
+    """Milliseconds of one forward of a batch: the median over rounds, the quartiles around it, and every round."""
 
     median: float
     low: float
     high: float
+    rounds: tuple[float, ...]
+
+    def over(self, other: "Latency") -> float:
+        """How many times as long as the other's it is: the median over rounds, in which both saw the same load."""
+        return statistics.median(own / its for own, its in zip(self.rounds, other.rounds, strict=True))
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,7 @@ def _quartiles(values: Sequence[float]) -> Latency:
     low, median, high = torch.tensor(values, dtype=torch.float64).quantile(
         torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
     )
-    return Latency(median.item(), low.item(), high.item())
+    return Latency(median.item(), low.item(), high.item(), tuple(values))
 
 
 @contextmanager
