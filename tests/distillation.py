@@ -27,7 +27,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "features, mlp": ("features", {"projector": "mlp", "loss": "cosine"}),
     "features, huber": ("features", {"on": "stages", "loss": "smooth_l1", "projector": "mlp"}),
 }
-CASES = {name: (name, {}) for name in DISTILLATIONS.names()} | OPTIONS
+CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in DISTILLATIONS.names()} | OPTIONS
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
 """Relational knowledge distillation, RKD (Park et al. 2019)."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from finetune.distillation import Answer, Widths
 from finetune.distillation._ranks import total, valid_rows
@@ -53,11 +52,7 @@ class Relational(nn.Module):
         everyone = distributed.gather(own), distributed.gather(its)
         lengths, angles = [], []
         for begin, end in _parts(len(own), max(everyone[0].shape[1], everyone[1].shape[1], len(counts)), len(counts)):
-            # Recomputed in the backward pass: the angles at one part of the samples are held at a time.
-            found = checkpoint(
-                _relations, own[begin:end], its[begin:end], *everyone, counts,
-                use_reentrant=False, preserve_rng_state=False,
-            )  # fmt: skip
+            found = _Relations.apply(own[begin:end], everyone[0], its[begin:end], everyone[1], counts)
             lengths.append(found[0])
             angles.append(found[1])
         distance = torch.cat(lengths, 1) * valid.to(own.dtype)[:, None]  # [2, B, N]
@@ -74,7 +69,27 @@ def _parts(rows: int, width: int, others: int) -> list[tuple[int, int]]:
     return [(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 
 
-def _relations(own: Tensor, its: Tensor, all_own: Tensor, all_its: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+class _Relations(torch.autograd.Function):
+    """`_relations`, computed again in the backward pass: the angles at one part of the samples are held at a time.
+
+    torch.utils.checkpoint would do, and import the compiler first, which takes seconds.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *points: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(*points)
+        return _relations(*points)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        own, all_own, *rest = ctx.saved_tensors
+        with torch.enable_grad():
+            students = own.detach().requires_grad_(), all_own.detach().requires_grad_()
+            found = _relations(*students, *rest)
+        return *torch.autograd.grad(found, students, gradients), None, None, None
+
+
+def _relations(own: Tensor, all_own: Tensor, its: Tensor, all_its: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Of V samples: both networks' distances to all N [2, V, N], and the sum of Huber's loss of the angles there [V].
 
     What is not valid, 0 in `counts` [N], has distance 0, and makes no angles.
