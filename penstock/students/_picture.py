@@ -6,7 +6,7 @@ from typing import Any
 
 from penstock.cost import BATCHES
 from penstock.students._networks import ALONE, DISTILLED, TEACHER, UNKNOWN
-from penstock.students._report import Report
+from penstock.students._report import Report, Row
 
 MARKS = {TEACHER: "*", ALONE: "o", DISTILLED: "o", UNKNOWN: "s"}  # alone is hollow
 WIDTH, DPI = 12.5, 130  # inches, dots per inch
