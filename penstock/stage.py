@@ -20,7 +20,7 @@ from penstock.mistakes import fields_of
 from penstock.monitor import Monitor
 from penstock.optim import Optim
 from penstock.recipe import DEFAULT, Block, Rule, Source, check, load, one_of, resolved, several_of, to_yaml
-from penstock.schedule import Duration, Length, bounds, knobs_of
+from penstock.schedule import Duration, Length, knobs_of
 from penstock.streams.data import Data
 from penstock.tracking import Tracker
 
@@ -48,7 +48,7 @@ def pool_stays_the_same(recipe: Any) -> Iterator[str]:
     """The views of a fixed pool come again and again, so nothing may change them on the way."""
     if recipe.data.pool is None:
         return
-    moving = [name for name, knob in knobs_of(recipe.augment).items() if len(set(bounds(knob))) > 1]
+    moving = [name for name, knob in knobs_of(recipe.augment).items() if not isinstance(knob, (int, float))]
     for name in moving:
         yield (
             f"augment.{name}: it follows a curve, and the {recipe.data.pool} views of data.pool stay as they are; "
@@ -181,14 +181,14 @@ def main(stage: str, model: type[Recipe], start: Start, argv: Sequence[str] | No
             print(f"{args.recipe}: good. {recipe.name}: {recipe.duration} in batches of {recipe.batch}")
             for absent in inputs_are_here(recipe):
                 print(f"but {absent}")
-        return DONE if looking else _exit(start(recipe, args.find_lr))
+        return DONE if looking else exit_code(start(recipe, args.find_lr))
     except InputError as error:
-        return _exit(INPUT_WRONG, f"{stage}: {error}")
+        return exit_code(INPUT_WRONG, f"{stage}: {error}")
     except RunFailed as error:
-        return _exit(RunFailed.code, f"{stage}: {error}")
+        return exit_code(RunFailed.code, f"{stage}: {error}")
 
 
-def _exit(code: int, message: str = "") -> int:
+def exit_code(code: int, message: str = "") -> int:
     """Say the message once, though every rank may have it, and tell the launcher the code."""
     if os.environ.get("RANK", "0") != "0":
         if message:

@@ -97,7 +97,8 @@ class _Decoded:
     def __init__(self, micro: Micro, images: Images, augment: Augment, seed: int):
         self.micro, self.images, self.seed = micro, images, seed
         self.boxed = augment if isinstance(augment, Boxed) else None
-        self._last: tuple[tuple[int, int], tuple[Key, ...], Sample] | None = None
+        self._last: tuple[tuple[int, int], tuple[Key, ...]] | None = None  # place and keys of the last decode
+        self._sample: Sample
         self._asked: tuple[int, int, int] | None = None  # height, width and factor, where the last decode asked for it
 
     def sample(self, slot: int) -> tuple[Sample, Key]:
@@ -109,8 +110,8 @@ class _Decoded:
         if not self._fits(place, sharing):
             self._asked = None
             factor_of = partial(self._factor, sharing) if self.boxed else None
-            self._last = place, sharing, self.images.load(*place, factor_of)
-        return self._last[2], key
+            self._last, self._sample = (place, sharing), self.images.load(*place, factor_of)
+        return self._sample, key
 
     def _keys(self, slot: int, place: tuple[int, int]) -> tuple[Key, tuple[Key, ...]]:
         """The slot's key, and those of all servings that must be decoded alike.

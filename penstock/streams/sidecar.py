@@ -127,6 +127,11 @@ def is_there(folder: Path, number: int) -> bool:
     return (folder / shard_name(number)).is_file()
 
 
+def remove(folder: Path, number: int) -> None:
+    """Take away what there is of a shard's answers."""
+    (folder / shard_name(number)).unlink(missing_ok=True)
+
+
 def finished(folder: Path, number: int, keys: list[str]) -> Indexed | None:
     """A shard's answers, if they are whole: for all its samples, and the index agrees with the bytes."""
     tar = folder / shard_name(number)
