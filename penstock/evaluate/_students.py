@@ -92,11 +92,12 @@ def keep(report: "Report", folder: Path) -> None:
     draw(report, folder / PICTURE)
 
 
-def track(report: "Report", folder: Path, uri: str | None) -> None:
+def track(report: "Report", folder: Path, uri: str | None, enabled: bool = True) -> None:
     """An MLflow run of the report in `folder`; made again, its figures are the next step of the same run.
 
     Args:
         uri: the store; the usual one where None.
+        enabled: whether it is sent to MLflow, or only written to its journal.
     """
     from penstock.students import as_json
     from penstock.tracking import Tracker
@@ -104,7 +105,9 @@ def track(report: "Report", folder: Path, uri: str | None) -> None:
     said = as_json(report)
     params = {"data": said["data"], "machine": said["machine"], "latency_rounds": said["latency_rounds"]}
     tags = {"stage": "students"} | {f"network.{row.name}": ", ".join(row.places) for row in report.rows}
-    tracker = Tracker(Tracker.Config(uri=uri), folder, folder.resolve().name, params, tags, active=True)
+    tracker = Tracker(
+        Tracker.Config(uri=uri, enabled=enabled), folder, folder.resolve().name, params, tags, active=True
+    )
     try:
         _log(tracker, said, len(tracker.journal.attempts))
         for name in (JSON, TABLE, PICTURE):

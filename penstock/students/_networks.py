@@ -33,7 +33,7 @@ def entry(text: str, name: str | None = None) -> Entry:
     given, equals, rest = text.partition("=")
     if not equals or Path(text).exists():
         given, rest = "", text
-    places = (rest,) if Path(rest).exists() else tuple(place for place in rest.split(",") if place)
+    places = (rest,) if rest and Path(rest).exists() else tuple(place for place in rest.split(",") if place)
     if not places:
         raise InputError(f"{text!r} names no run; write a folder, or NAME=RUN,RUN for runs of one network")
     if len(places) > 1 and not (given or name):

@@ -63,12 +63,13 @@ def gains(report: Report) -> Table:
     for number, text in enumerate(gain_headings()):
         grid.add_column(text, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
     for gain in report.gains:
-        grid.add_row(*map(Text, gain_cells(gain)))
+        _, *effects = gain_cells(gain)
+        grid.add_row(Text.assemble(gain.distilled, "\n", (f"- {gain.alone}", "dim")), *map(Text, effects))
     return grid
 
 
 def gain_headings() -> list[str]:
-    return ["network", *METRICS.values(), "right only distilled, only alone"]
+    return ["network", *METRICS.values(), "right only distilled,\nonly alone"]
 
 
 def gain_cells(gain: Gain) -> list[str]:
@@ -97,7 +98,9 @@ def markdown(report: Report) -> str:
     lines = [f"# {title(report)}", "", *_grid(heads, [[_one(c) for c in cells(row, report)] for row in report.rows])]
     if report.gains:
         lines += ["", "Distilled minus alone, 95 % intervals; * excludes 0", ""]
-        lines += _grid(gain_headings(), [gain_cells(gain) for gain in report.gains])
+        lines += _grid(
+            [heading.replace("\n", " ") for heading in gain_headings()], [gain_cells(gain) for gain in report.gains]
+        )
     lines += ["", *(f"{note}\n" for note in notes(report)), *(f"Warning: {text}\n" for text in report.warnings)]
     return "\n".join(lines).replace("*", "\\*")
 
