@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from penstock.formats.write import Written
 
 FORMS = ("torch", "onnx")
+WIDTH = 100  # columns, where there is no terminal
 EXPORT = """Write a trained network in the forms people deploy: model.pt2 (torch.export: torch alone runs it),
 model.onnx and model.int8.onnx. Each takes uint8 images [B, C, H, W], resized and cropped, gives logits and calibrated
 probabilities, and has class names, preprocessing, temperature and the weights' checksum inside. The fp32 forms are
@@ -80,12 +81,12 @@ def _print(title: str, rows: "list[Written]", about: Mapping[str, Any]) -> None:
     from rich.text import Text
 
     labels, accuracy, timed = "classes" in about, rows[0].agreement.top1 is not None, rows[-1].milliseconds
-    table = Table(title=Text(title))
+    table = Table(title=Text(title, "bold"), title_justify="left", box=None, pad_edge=False)
     table.add_column("form", no_wrap=True)
     table.add_column("file", no_wrap=True)
-    heads = ["MB", "largest diff", *(["other label"] if labels else []), *(["top-1"] if accuracy else [])]
-    for head in (*heads, *(f"ms, {size}" for size in timed)):
-        table.add_column(head, justify="right", no_wrap=not head.startswith("largest"))
+    heads = ["MB", "largest\ndifference", *(["other\nlabel"] if labels else []), *(["top-1"] if accuracy else [])]
+    for head in (*heads, *(f"ms at\nbatch {size}" for size in timed)):
+        table.add_column(head, justify="right", no_wrap=True)
     for row in rows:
         found = row.agreement
         cells = [row.form, row.file.name, f"{row.megabytes:.2f}", f"{found.largest:.1e}"]
@@ -93,6 +94,7 @@ def _print(title: str, rows: "list[Written]", about: Mapping[str, Any]) -> None:
         cells += [f"{found.top1:.2f} %"] if accuracy else []
         table.add_row(*map(Text, cells), *(f"{taken:.2f}" for taken in row.milliseconds.values()))
     console = Console(highlight=False)
+    console.width = console.width if console.is_terminal else WIDTH
     console.print(table)
     by_form = {row.form: row.milliseconds for row in rows}
     if timed and "onnx" in by_form:

@@ -11,6 +11,7 @@ from torch import Tensor
 from penstock.errors import InputError
 
 TOLERANCE = 1e-4  # of max(1, |logit|), for forms that compute in fp32
+EXPORTED = "exported"  # the network in the export folder
 Answers = Callable[[Tensor], Tensor]  # uint8 images [B, C, H, W] to logits [B, K], or features
 
 
@@ -53,10 +54,11 @@ def difference(answers: Tensor, reference: Tensor) -> float:
 def compare(
     forms: Mapping[str, Answers], reference: Answers, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> dict[str, Agreement]:
-    """How each form agrees with the reference, over all batches of (images, labels)."""
-    found = {name: Agreement() for name in forms}
+    """How each form agrees with the reference, over all batches of (images, labels); itself under `EXPORTED`."""
+    found = {EXPORTED: Agreement(), **{name: Agreement() for name in forms}}
     for images, labels in batches:
         want = reference(images)
+        found[EXPORTED].add(want, want, labels)
         for name, answers in forms.items():
             found[name].add(answers(images), want, labels)
     return found

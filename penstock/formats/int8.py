@@ -11,28 +11,29 @@ from typing import Any
 from torch import Tensor
 
 from penstock.formats import onnx as fp32
-from penstock.formats.network import Network
+from penstock.formats.about import About
 
 FILE = "model.int8.onnx"
 IMAGES, BATCH = 256, 32  # that ranges are measured on
 OPERATIONS = ["Conv", "MatMul", "Gemm"]  # where the arithmetic is
 
 
-def write(network: Network, images: Sequence[Tensor]) -> bytes:
+def write(plain: bytes, about: About, images: Sequence[Tensor]) -> bytes:
     """The file's content.
 
     Args:
+        plain: the content of `model.onnx`.
         images: batches uint8 [B, C, H, W], prepared.
     """
-    fp32.need("onnx", "onnxscript", "onnxruntime")
+    fp32.need("onnx", "onnxruntime")
     import onnx
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     with tempfile.TemporaryDirectory() as folder, fp32.quiet():
-        plain, prepared, made = (Path(folder, name) for name in ("plain.onnx", "prepared.onnx", "int8.onnx"))
-        plain.write_bytes(fp32.write(network))
-        quant_pre_process(plain, prepared, skip_symbolic_shape=True)
+        given, prepared, made = (Path(folder, name) for name in ("plain.onnx", "prepared.onnx", "int8.onnx"))
+        given.write_bytes(plain)
+        quant_pre_process(given, prepared, skip_symbolic_shape=True)
         quantize_static(
             prepared,
             made,
@@ -44,7 +45,7 @@ def write(network: Network, images: Sequence[Tensor]) -> bytes:
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
         )
-        return fp32.content_of(onnx.load(made), network.about, onnx)
+        return fp32.content_of(onnx.load(made), about, onnx)
 
 
 def _reader(images: Sequence[Tensor]) -> Any:

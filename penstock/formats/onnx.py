@@ -14,8 +14,7 @@ from torch import Tensor
 
 from penstock.errors import InputError
 from penstock.formats.about import KEY, REMEDY, About
-from penstock.formats.network import Network
-from penstock.formats.torch_export import program
+from penstock.formats.torch_export import Traced
 
 FILE = "model.onnx"
 OPSET = 20  # the first with Gelu, which torch's exporter writes
@@ -29,24 +28,33 @@ def need(*libraries: str) -> None:
         raise InputError(f"ONNX needs {', '.join(absent)}; install with pip install 'penstock[export]'")
 
 
-def write(network: Network) -> bytes:
-    """The file's content, checked by ONNX; any number of images B >= 1 at a time."""
+def write(traced: Traced) -> bytes:
+    """The file's content, checked by ONNX."""
     need("onnx", "onnxscript")
     import onnx
 
     with quiet():
         made = torch.onnx.export(
-            program(network),
+            traced.program,
             dynamo=True,
             opset_version=OPSET,
             input_names=["images"],
-            output_names=["features"] if network.about.classes is None else ["logits", "probabilities"],
+            output_names=["features"] if traced.about.classes is None else ["logits", "probabilities"],
             verbose=False,
         )
     assert made is not None
     model = made.model_proto
-    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
-    return content_of(model, network.about, onnx)
+    _name_batch(model.graph)
+    return content_of(model, traced.about, onnx)
+
+
+def _name_batch(graph: Any) -> None:
+    """Call the one size that is open `batch`, in the place of torch's symbol."""
+    symbol = graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param:
+                size.dim_param = size.dim_param.replace(symbol, "batch")
 
 
 def content_of(model: Any, about: About, onnx: Any) -> bytes:

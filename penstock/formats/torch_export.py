@@ -13,7 +13,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,20 +40,28 @@ _EXPRESSION = re.compile(
 )
 
 
-def write(network: Network) -> bytes:
-    """The file's content; any number of images B >= 1 at a time."""
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's own, about its own
-        torch.export.save(program(network), file, extra_files={EXTRA: network.about.text()})
-    return file.getvalue()
+class Traced(NamedTuple):
+    """The graph of a network, for any number of images B >= 1 at a time."""
+
+    program: torch.export.ExportedProgram
+    about: About
 
 
-def program(network: Network) -> torch.export.ExportedProgram:
+def trace(network: Network) -> Traced:
     # Two images, for a graph traced with one would take the batch for a constant.
     with torch.no_grad():
         batch = torch.export.Dim("batch", min=1)
-        return torch.export.export(network, (network.example(2),), dynamic_shapes={"images": {0: batch}})
+        program = torch.export.export(network, (network.example(2),), dynamic_shapes={"images": {0: batch}})
+    return Traced(program, network.about)
+
+
+def write(traced: Traced) -> bytes:
+    """The file's content."""
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own, about its own
+        torch.export.save(traced.program, file, extra_files={EXTRA: traced.about.text()})
+    return file.getvalue()
 
 
 def read(content: bytes, where: Path) -> tuple[Callable[[Tensor], Tensor], About]:

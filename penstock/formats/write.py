@@ -9,8 +9,8 @@ import torch
 
 from penstock.backbones.weights import WEIGHTS_FILE
 from penstock.errors import InputError
-from penstock.formats import data
-from penstock.formats.compare import Agreement, Answers, check, compare, latencies
+from penstock.formats import data, torch_export
+from penstock.formats.compare import EXPORTED, Agreement, Answers, check, compare, latencies
 from penstock.formats.load import Model, open_model
 from penstock.formats.network import load_network
 from penstock.streams.atomic import replacing
@@ -59,24 +59,29 @@ def export_forms(
         data.check_labels(reference.about, val)
     source = val or calibration
     images = reference.example(CHECKED) if source is None else data.first(source, reference.about, CHECKED)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out} is no folder and cannot become one: {error.strerror}") from None
     made: dict[str, Model] = {}
+    traced = torch_export.trace(network)
     for form in forms:
         module = _module(form)
-        file, content = out / module.FILE, module.write(network)
+        file, content = out / module.FILE, module.write(traced)
         check(str(file), module.read(content, file)[0], want, images)
         made[form] = _keep(file, content)
     if calibration is not None:
-        from penstock.formats import int8
+        from penstock.formats import int8, onnx
 
+        plain = made["onnx"].path.read_bytes() if "onnx" in made else onnx.write(traced)
         ranges = data.batches(calibration, reference.about, int8.BATCH, limit=int8.IMAGES)
-        made["int8"] = _keep(out / int8.FILE, int8.write(network, [images for images, _ in ranges]))
+        made["int8"] = _keep(out / int8.FILE, int8.write(plain, network.about, [batch for batch, _ in ranges]))
     unknown = torch.full((len(images),), -1)
     shown = [(images, unknown)] if val is None else data.batches(val, reference.about)
     answers = {form: model.answers for form, model in made.items()}
-    found = compare({"exported": want, **answers}, want, shown)
+    found = compare(answers, want, shown)
     times = {size: latencies(answers, images[:1].repeat(size, 1, 1, 1)) for size in TIMED} if "int8" in made else {}
-    rows = [Written("exported", export / WEIGHTS_FILE, found["exported"], {})]
+    rows = [Written(EXPORTED, export / WEIGHTS_FILE, found[EXPORTED], {})]
     for form, model in made.items():
         rows.append(Written(form, model.path, found[form], {size: taken[form] for size, taken in times.items()}))
     return rows
@@ -85,8 +90,6 @@ def export_forms(
 def _module(form: str) -> Any:
     """The module that writes and reads a form."""
     if form == "torch":
-        from penstock.formats import torch_export
-
         return torch_export
     from penstock.formats import onnx
 
