@@ -25,6 +25,12 @@ FILES = sorted((ROOT / "configs").glob("**/*.yaml"))
 COMMAND = re.compile(r"^# Run: (?:make demo$|.*\b(?P<stage>pretrain|finetune) (?P<path>configs/\S+))")
 STAGES: dict[str, type[Recipe]] = {"pretrain": Pretrain, "finetune": Finetune}
 IMAGENET = 1_281_167  # training images
+# Options that make a network of a family of timm's small; those that are not here take ResNets' `layers`.
+SMALL = {
+    "tiny_vit": ["depths=[1,1,1,1]", "embed_dims=[24,48,96,96]", "num_heads=[1,2,3,3]"],
+    "mobilenetv3": [],
+    "resnetv2": ["channels=[128,128,128,128]"],  # norms are of 32 groups
+}
 
 
 def is_part(path: Path) -> bool:
@@ -50,9 +56,14 @@ def path(request) -> Path:
 
 
 def here(path: Path, packed_set: Path) -> list[str]:
-    """Overrides for what is not on this machine: data, and the weights of a run that comes before."""
+    """Overrides for what is not on this machine: data, teachers, and the weights of a run that comes before."""
     starts = ["backbone.weights=null", "head.init=random", "optim.l2_sp=0"] * (stage_of(path) == "finetune")
-    return [f"data.train={packed_set}", f"data.val={packed_set}", *starts]
+    teacher = [f"task.teacher={packed_set.with_name('teacher')}"] * is_distillation(path)
+    return [f"data.train={packed_set}", f"data.val={packed_set}", *starts, *teacher]
+
+
+def is_distillation(path: Path) -> bool:
+    return load(path).values.get("task", {}).get("name") == "distill"
 
 
 def checked(path: Path, overrides: list[str]) -> Any:
@@ -133,11 +144,14 @@ def smaller(path: Path, packed_set: Path, out: Path) -> list[str]:
     overrides += ["monitor.at_start=false", "monitor.batch=6"]
     if recipe.average.name != "none":
         overrides += ["average.every=1", "average.start=1 steps"]
-    if names.is_vit(recipe.backbone.name):  # two blocks, as the first has no drop path
-        overrides += [f"backbone.options.{option}" for option in ("depth=2", "embed_dim=96", "num_heads=3")]
+    facts = names.facts(recipe.backbone.name)
+    if facts.kind.startswith("VisionTransformer"):
+        small = ["depth=2", "embed_dim=96", "num_heads=3"]  # two blocks, as the first has no drop path
     else:
+        small = SMALL.get(facts.family, ["layers=[1,1,1,1]"])
         overrides += ["backbone.size=64"] + ["monitor.size=64"] * (recipe.monitor.size is not None)
-        overrides += [*sizes(recipe.augment.size), "backbone.options.layers=[1,1,1,1]"]
+        overrides += sizes(recipe.augment.size)
+    overrides += [f"backbone.options.{option}" for option in small]
     return overrides + ["method.decoder_depth=1"] * (stage_of(path) == "pretrain" and recipe.method.name == "mae")
 
 
