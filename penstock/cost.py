@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,23 +120,25 @@ def _forward(model: nn.Module, images: Tensor) -> Callable[[], object]:
 
 
 def _warm_up(forward: Callable[[], object], clock: Callable[[Callable[[], object], int], float]) -> float:
-    """Seconds of the last forward of the warm-up."""
+    """Seconds of the fastest forward of the warm-up, from which follows how many make a turn."""
     least, until = WARM_UP[0], time.perf_counter() + WARM_UP[1]
     took = clock(forward, least)
     while time.perf_counter() < until:
-        took = clock(forward, 1)
+        took = min(took, clock(forward, 1))
     return took
 
 
 def _on_cpu(forward: Callable[[], object], count: int) -> float:
-    """Mean seconds of `count` forwards."""
-    start = time.perf_counter()
+    """Median seconds of `count` forwards: another process that takes the processor in between falls on few of them."""
+    times = [time.perf_counter()]
     for _ in range(count):
         forward()
-    return (time.perf_counter() - start) / count
+        times.append(time.perf_counter())
+    return statistics.median(end - start for start, end in pairwise(times))
 
 
 def _on_gpu(forward: Callable[[], object], count: int) -> float:
+    """Mean seconds of `count` forwards, which queue behind each other."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(count):

@@ -117,7 +117,8 @@ def notes(report: Report) -> list[str]:
         "±: standard deviation over runs, or for one run the standard error over images. ECE: calibration error in 15 "
         "bins, in brackets at the export's temperature (fitted to half of its own validation set). Agreement and "
         "KL(teacher || student): with the teacher's answers. ÷: times less than the teacher.",
-        f"Latency in fp32, median over {report.rounds} interleaved rounds; {machine}.",
+        f"Latency in fp32, median over {report.rounds} interleaved rounds, one measurement for networks of one shape; "
+        f"{machine}.",
     ]
     if any(effect.seeds == 1 for gain in report.gains for effect in gain.effects.values()):
         found.insert(1, "One pair of runs: the interval is over images alone, and says nothing of other seeds.")

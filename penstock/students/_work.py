@@ -18,6 +18,8 @@ from penstock.streams.manifest import Manifest
 from penstock.students._networks import ALONE, DISTILLED, TEACHER, Entry, Group, Network, entry, same_classes, taught_by
 from penstock.students._report import Gain, Report, Row
 
+UNSTEADY = 1.5  # times the lower quartile: a machine that others use
+
 
 def compare(
     teacher: Entry | str,
@@ -52,10 +54,12 @@ def compare(
             same_classes(first.first, network)
     work = _Work(manifest, batch, workers, limit)
     comparison = Comparison(work.predictions(groups))
-    found = latencies(work.models, BATCHES, rounds, threads, distributed.device())
     rows = [work.row(group, TEACHER if group is first else group.role) for group in groups]
+    kinds = {row.name: _kind(group, row) for group, row in zip(groups, rows, strict=True)}
+    timed = {kind: work.models[name] for name, kind in kinds.items()}  # networks that cost the same are timed once
+    found = latencies(timed, BATCHES, rounds, threads, distributed.device())
     for row in rows:
-        row.cost.latency.update(found[row.name])
+        row.cost.latency.update(found[kinds[row.name]])
     pairs, warnings = _pairs(others)
     warnings = [*work.warnings, *warnings, *_doubts(first, others, rows)]
     gains = [Gain(d.name, a.name, *_effects(comparison, d, a)) for d, a in pairs]
@@ -177,7 +181,18 @@ def _effects(comparison: Comparison, distilled: Group, alone: Group):
     return {metric: comparison.effect(pairs, metric) for metric in METRICS}, comparison.flips(pairs)
 
 
+def _kind(group: Group, row: Row) -> str:
+    """Equal for networks that differ in the values of their weights alone."""
+    return f"{group.first.architecture} {row.cost.parameters} {row.cost.macs} {row.cost.image}"
+
+
 def _doubts(teacher: Group, students: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
+    unsteady = [row.name for row in rows if any(t.high > UNSTEADY * t.low for t in row.cost.latency.values())]
+    if unsteady:
+        yield (
+            f"the times of {', '.join(unsteady)} differ by more than half between the quartiles of the rounds: the "
+            "machine is busy, so do not quote them; measure again when it is idle, or with more --rounds"
+        )
     its = rows[0].cost
     for group, row in zip(students, rows[1:], strict=True):
         for what, own, theirs in (
