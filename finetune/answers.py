@@ -92,7 +92,7 @@ class Identity:
                 words.append(f"{key}: {getattr(self, name)} instead of {getattr(wanted, name)}")
         if self.decode != wanted.decode:
             words.append(
-                f"images decoded {self.decode} instead of {wanted.decode} (data.decode; data.cache=ram decodes whole)"
+                f"images decoded {self.decode} instead of {wanted.decode} (data.decode, or data.cache=ram, which decodes whole)"
             )
         if self.data != wanted.data:
             words.append(f"another training set ({self.data[:12]} instead of {wanted.data[:12]}), or one packed anew")

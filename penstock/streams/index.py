@@ -58,7 +58,7 @@ def load_records(index: Path) -> np.ndarray:
     """The records of an index file, memory-mapped. Raises InputError when it is missing or no index."""
     try:
         records = np.load(index, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # NumPy's parser raises nearly anything on a damaged header
         raise InputError(f"{index} cannot be read ({error}); `penstock shards verify` tells more") from None
     if records.dtype.names is None or records.dtype.descr[:-1] != FIELDS or records.ndim != 1:
         raise InputError(f"{index} is not an index; `penstock shards verify` tells more")

@@ -100,11 +100,14 @@ class ShardReader:
         shard = self.manifest.shards[number]
         path = self.manifest.root / shard.index
         try:
-            index = np.load(path, mmap_mode="r", allow_pickle=False)
+            # First the checksum: NumPy's parser raises nearly anything on a damaged header.
             if number not in self._checked:
-                if hashlib.sha256(path.read_bytes()).hexdigest() != shard.index_sha256 or len(index) != shard.samples:
+                if hashlib.sha256(path.read_bytes()).hexdigest() != shard.index_sha256:
                     raise ValueError("it is not the index the manifest describes")
                 self._checked.add(number)
+            index = np.load(path, mmap_mode="r", allow_pickle=False)
+            if len(index) != shard.samples:
+                raise ValueError("it is not the index the manifest describes")
             return _Open(os.open(self.manifest.root / shard.name, os.O_RDONLY), index)
         except (OSError, ValueError, EOFError) as error:
             raise InputError(f"{path} or its shard cannot be used: {error}{REMEDY}") from error
