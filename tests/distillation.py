@@ -12,6 +12,7 @@ from finetune.distillation import DISTILLATIONS, Answer, Widths
 from penstock.schedule import knobs_of
 from penstock.task import weighted_mean
 
+ROWS = 6
 STUDENT = Widths(classes=5, pooled=4, stages=(3, 2, 3))
 TEACHER = Widths(classes=5, pooled=6, stages=(2, 4, 6))
 SIDES = {STUDENT: ((6, 5), (4, 4), (2, 2)), TEACHER: ((8, 4), (2, 2), (3, 3))}  # of the stages' maps
@@ -101,3 +102,19 @@ def leaf(answer: Answer) -> Answer:
 
 def gradients(answer: Answer) -> list[Tensor]:
     return [torch.zeros_like(each) if each.grad is None else each.grad for each in flat(answer)]
+
+
+def setting(case: str, rows: int = ROWS) -> tuple[Loss, Answer, Answer]:
+    """A case's loss, and random answers of student and teacher."""
+    name, options = CASES[case]
+    return make(name, **options), answer(rows, STUDENT, 1), answer(rows, TEACHER, 2)
+
+
+def step(loss: Loss, student: Answer, *args: Any) -> tuple[Tensor, list[Tensor]]:
+    """The mean loss, and its gradient by the student's answer and the loss's own weights."""
+    student = leaf(student)
+    loss.module.zero_grad()
+    value = loss.mean(student, *args)
+    value.backward()
+    own = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in loss.module.parameters()]
+    return value.detach(), gradients(student) + own
