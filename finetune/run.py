@@ -51,6 +51,7 @@ class Finetuning:
         self.mixing = recipe.mix
         self.classes: tuple[str, ...] = ()
         self.accuracy: Accuracy
+        self._task: Classify
 
     def task(self, data: Data, clock: Clock) -> Classify:
         recipe = self.recipe
@@ -76,7 +77,7 @@ class Finetuning:
             mixes=self.mixing.mixup != 0 or self.mixing.cutmix != 0,
             sizes=self._sizes(clock, backbone.size_multiple),
         )
-        task = TASKS.get(recipe.task.name)(recipe.task, pieces)
+        task = self._task = TASKS.get(recipe.task.name)(recipe.task, pieces)
         told = [said]
         if not Checkpoints(recipe.checkpoint, recipe.folder).found():  # else the head comes from the checkpoint
             told.append(initialise(head, backbone, classes, lambda: self._train_images(data, backbone), recipe.seed))
@@ -91,7 +92,7 @@ class Finetuning:
         return tuple(sorted({side_at(self.recipe.augment.size, time, clock, multiple) for time in times}))
 
     def sidecar(self, data: Data) -> Sidecar | None:
-        return None
+        return self._task.sidecar(self.recipe, data)
 
     def opens(self, task: Classify, clock: Clock) -> dict[str, float]:
         return self.transfer.opens(task, clock)

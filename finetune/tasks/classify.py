@@ -10,6 +10,8 @@ from penstock.backbones.batchnorm import set_valid
 from penstock.recipe import Block
 from penstock.schedule import knobs_of
 from penstock.streams.batch import Batch
+from penstock.streams.data import Data
+from penstock.streams.sidecar import Sidecar
 from penstock.task import StepOutput, Task, weighted_mean
 
 
@@ -33,6 +35,10 @@ class Classify(Task):
         super().__init__()
         self.config, self.pieces = config, Apart(**vars(pieces))
         self.backbone, self.head = pieces.backbone, pieces.head
+
+    def sidecar(self, recipe: Any, data: Data) -> Sidecar | None:
+        """What it needs beside the training views."""
+        return None
 
     def before_step(self, time: float, knobs: Mapping[str, float]) -> None:
         self.pieces.transfer.set_mode(self, time)

@@ -2,25 +2,31 @@
 
 import logging
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from finetune.answers import MAKE, Cache, Identity, restore
+from finetune.answers import conflicts as cached_conflicts
 from finetune.distillation import DISTILLATIONS, Answer, Widths
 from finetune.distillation._temperature import not_negative
 from finetune.tasks import Pieces
 from finetune.tasks.classify import Apart, Classify
-from finetune.teachers import Teacher, all_stages, exists, load_teacher
+from finetune.teachers import Teacher, all_stages, exists, known, load_teacher
 from penstock import distributed
 from penstock.backbones import Backbone
 from penstock.backbones.dropout import largest
 from penstock.recipe import Block, several_of
 from penstock.schedule import Knob, knobs_of
 from penstock.streams.batch import Batch
+from penstock.streams.data import Data
+from penstock.streams.sidecar import Sidecar
 from penstock.task import StepOutput, weighted_mean
 
+NARROW = Widths(2, 8, (8,) * 64)  # of networks that exist only to ask what a loss needs
 log = logging.getLogger(__name__)
 
 
@@ -30,12 +36,16 @@ class Distill(Classify):
     class Config(Block):
         name: Literal["distill"] = "distill"
         teacher: str = Field(description="a finetuned run, a classifier's export, or timm:MODEL")
+        cache: str | None = Field(
+            None, description="folder of the teacher's answers, from `python -m finetune.teacher`; it then does not run"
+        )
         labels: Knob = Field(1.0, description="weight of the labels' loss in the sum")
         losses: several_of("finetune.distillation") = Field(  # type: ignore[valid-type]
             {"soft_targets": {}}, description="what is learned from the teacher, by name; each has a weight"
         )
 
         _weight = field_validator("labels")(not_negative)
+        _known = field_validator("teacher")(known)
 
         def blocks(self) -> dict[str, Any]:
             """The losses that are on, by name."""
@@ -50,6 +60,8 @@ class Distill(Classify):
                 f"task.teacher: there is no {recipe.task.teacher!r} here; give a finetuned run, its export, or a model "
                 "of timm's as timm:MODEL"
             )
+        if recipe.task.cache is not None and not Path(recipe.task.cache).expanduser().is_dir():
+            yield f"task.cache: there is no folder {recipe.task.cache!r} here; {MAKE.format(recipe.task.cache)}"
 
     @classmethod
     def conflicts(cls, recipe: Any) -> list[str]:
@@ -58,6 +70,17 @@ class Distill(Classify):
             return [
                 "task.losses: there is nothing to learn from; give a loss, such as task.losses.soft_targets.weight=1"
             ]
+        if recipe.task.cache is not None:
+            made = {name: kind(recipe.task.blocks()[name], NARROW, NARROW) for name, kind in kinds.items()}
+            features = [name for name, loss in made.items() if loss.features or loss.stages]
+            if features:
+                return [
+                    f"task.losses.{features[0]}: it compares features, and a cache holds logits alone; set "
+                    f"task.cache=null, so that the teacher runs, or task.losses.{features[0]}=null"
+                ]
+            wrong = list(cached_conflicts(recipe))
+            if wrong:
+                return wrong
         across = [name for name, kind in kinds.items() if kind.looks_across_samples]
         if across and recipe.engine.accumulation > 1:
             return [
@@ -82,11 +105,18 @@ class Distill(Classify):
         self.apart = Apart(teacher=teacher)
         _warn_of_size(pieces, teacher)
 
+    def sidecar(self, recipe: Any, data: Data) -> Sidecar | None:
+        if self.config.cache is None:
+            return None
+        expected = Identity.of(recipe, self.apart.teacher, self.pieces.classes, data.train)
+        self.apart = Apart(teacher=None)  # it has said who it is, and only takes memory from here on
+        return Cache.open(self.config.cache, expected).sidecar(data.train)
+
     def forward(self, batch: Batch, knobs: Mapping[str, float]) -> StepOutput:
         images, targets = self.mixed(batch, knobs)
         features = self.backbone(images, self.stages)
         logits, taught = self.head.both(features)
-        own, its = Answer(taught, features.pooled, features.stages), self.taught(images)
+        own, its = Answer(taught, features.pooled, features.stages), self.taught(images, batch)
         losses = knobs["labels"] * self.pieces.loss(logits, targets)
         metrics = {}
         with torch.autocast(images.device.type, enabled=False):
@@ -103,8 +133,10 @@ class Distill(Classify):
         output = self.output(logits, targets, losses, batch)
         return StepOutput(output.loss, output.weight, {**output.metrics, **metrics})
 
-    def taught(self, images: Tensor) -> Answer:
-        """The teacher's answer for images normalised as the student takes them."""
+    def taught(self, images: Tensor, batch: Batch) -> Answer:
+        """The teacher's answer for images normalised as the student takes them; the cached one, if there is a cache."""
+        if self.config.cache is not None:
+            return Answer(restore(batch.extra, len(self.pieces.classes)))
         return self.apart.teacher.to(images.device)(images, self.backbone, self.stages)
 
 

@@ -139,7 +139,7 @@ def test_a_teacher_made_for_another_size_answers_as_it_does_alone(tmp_path):
     task, batch = task_of(Distill, teacher(tmp_path, **VIT), CNN, sizes=(16, 24)), batch_of(side=24)
     images = task.backbone.normalize(batch.views[0])
     alone = load_classifier(tmp_path / "teacher")(batch.views[0])
-    torch.testing.assert_close(task.taught(images).logits, alone.detach())
+    torch.testing.assert_close(task.taught(images, batch).logits, alone.detach())
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_the_teacher_stays_in_eval_mode_without_gradients(tmp_path):
     assert not any(part.training for part in parts)
     assert all(param.grad is None and not param.requires_grad for param in task.apart.teacher.parameters())
     assert all(torch.equal(value, before[name]) for name, value in task.apart.teacher.state_dict().items())
-    answer = task.taught(task.backbone.normalize(batch_of().views[0]))
+    answer = task.taught(task.backbone.normalize(batch_of().views[0]), batch_of())
     assert not answer.logits.requires_grad and not answer.pooled.requires_grad
 
 
@@ -237,7 +237,7 @@ def test_with_weight_0_it_is_plain_classification(tmp_path):
 def loss_by_hand(task: Distill, batch: Batch, weight: float, temperature: float) -> float:
     """Sample by sample, in plain Python."""
     student = task.logits(batch.views[0]).tolist()
-    taught = task.taught(task.backbone.normalize(batch.views[0])).logits.tolist()
+    taught = task.taught(task.backbone.normalize(batch.views[0]), batch).logits.tolist()
     total = 0.0
     for ours, its, label in zip(student, taught, batch.labels.tolist(), strict=True):
         p, q = ([math.exp(x / temperature) for x in logits] for logits in (its, ours))
