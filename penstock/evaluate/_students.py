@@ -69,16 +69,16 @@ def _run(args: argparse.Namespace) -> int:
         rounds=args.rounds or ROUNDS,
         threads=args.threads,
     )
-    if args.format == "json":
-        print(json.dumps(as_json(report), indent=1))
-    else:
-        print_report(report)
     if args.out is not None:
         keep(report, args.out)
         if args.track or uri is not None:
             track(report, args.out, uri)
-        if args.format == "table":
-            print(f"kept in {args.out}: {JSON}, {TABLE}, {PICTURE}")
+    if args.format == "json":
+        print(json.dumps(as_json(report), indent=1))
+        return DONE
+    print_report(report)
+    if args.out is not None:
+        print(f"kept in {args.out}: {JSON}, {TABLE}, {PICTURE}")
     return DONE
 
 
