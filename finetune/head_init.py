@@ -1,6 +1,6 @@
 """What a head starts from: random weights, a linear probe, or another classifier's rows by class name."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +52,13 @@ def initialise(
     return _by_name(head, classes, source, names, init)
 
 
-def read_classifier(path: Path, backbone: Backbone) -> tuple[Head | tuple[Tensor, Tensor], Sequence[str]]:
+Layer = tuple[Tensor, Tensor]  # weight [K, D] and bias [K]
+
+
+def read_classifier(path: Path, backbone: Backbone) -> tuple[Head | list[Layer], Sequence[str]]:
     """A classifier of features like the backbone's and its classes' names, from an export or a published checkpoint.
 
-    The classifier is a head, or the weight [K, D] and bias [K] of one.
+    The classifier is a head, or a linear layer, or those of the class and of the distillation token.
     """
     from penstock.backbones.weights import CONFIG_FILE, read_config, read_weights
     from penstock.export import classifier_names, load_classifier
@@ -63,45 +66,50 @@ def read_classifier(path: Path, backbone: Backbone) -> tuple[Head | tuple[Tensor
     path = path.expanduser()
     described = read_config(path / CONFIG_FILE) if (path / CONFIG_FILE).is_file() else {}
     if "classes" in described.get("penstock", {}):
-        found = load_classifier(path)
-        return found.head, found.classes
+        classifier = load_classifier(path)
+        return classifier.head, classifier.classes
     tensors, *_ = read_weights(path)
-    layers = classifier_names(backbone.config)
-    keys = layers[0] if layers and len(layers) == 1 else None
+    layers = [_layer(tensors, keys) for keys in classifier_names(backbone.config) or ()]
+    found = [layer for layer in layers if layer is not None]
+    if not found or len(found) < len(layers):
+        keys = classifier_names(backbone.config)
+        raise InputError(f"head.init: {path} holds no classifier ({keys[0][0] if keys else 'a linear layer'})")
+    classes = len(found[0][0])
+    names = described.get("label_names") or imagenet_names(classes)
+    if not isinstance(names, list) or len(names) != classes:
+        raise InputError(
+            f"head.init: {path} does not name its {classes} classes, and they are not ImageNet's; "
+            "give an export with label_names"
+        )
+    return found, names
+
+
+def _layer(tensors: Mapping[str, Tensor], keys: tuple[str, str]) -> Layer | None:
     # A prefix, such as that of a wrapper in several processes, may stand before the name.
     weight, bias = (
         next((value for name, value in tensors.items() if name == key or name.endswith(f".{key}")), None)
-        for key in keys or ("", "")
+        for key in keys
     )
-    if weight is None or bias is None or weight.ndim != 2:
-        raise InputError(f"head.init: {path} holds no classifier ({keys[0] if keys else 'a linear layer'})")
-    names = described.get("label_names") or imagenet_names(len(weight))
-    if not isinstance(names, list) or len(names) != len(weight):
-        raise InputError(
-            f"head.init: {path} does not name its {len(weight)} classes, and they are not ImageNet's; "
-            "give an export with label_names"
-        )
-    return (weight, bias), names
+    return (weight, bias) if weight is not None and bias is not None and weight.ndim == 2 else None
 
 
-def _timm_classifier(backbone: Backbone) -> tuple[tuple[Tensor, Tensor], Sequence[str]]:
+def _timm_classifier(backbone: Backbone) -> tuple[list[Layer], Sequence[str]]:
     """The classifier that comes with timm's own weights of the backbone."""
     import timm
 
     with torch.random.fork_rng(devices=[]):
         model: Any = timm.create_model(backbone.config.name, pretrained=True)
-    linear = model.get_classifier()
+    found = model.get_classifier()
+    layers = found if isinstance(found, tuple) else (found,)
     names = model.pretrained_cfg.get("label_names") or imagenet_names(model.num_classes)
-    if not isinstance(linear, torch.nn.Linear) or linear.bias is None or not names:
+    if not all(isinstance(layer, torch.nn.Linear) and layer.bias is not None for layer in layers) or not names:
         raise InputError(
             f"head.init: timm's weights of {backbone.config.name} bring no linear classifier of named classes"
         )
-    return (linear.weight.detach(), linear.bias.detach()), names
+    return [(layer.weight.detach(), layer.bias.detach()) for layer in layers], names
 
 
-def _by_name(
-    head: Head, classes: Sequence[str], source: Head | tuple[Tensor, Tensor], names: Sequence[str], init: str
-) -> str:
+def _by_name(head: Head, classes: Sequence[str], source: Head | list[Layer], names: Sequence[str], init: str) -> str:
     if isinstance(source, Head):
         shape = ("kind", "norm", "heads") if source.config.kind == "attentive" else ("kind", "norm")
         differ = [key for key in shape if getattr(source.config, key) != getattr(head.config, key)]
@@ -111,15 +119,21 @@ def _by_name(
                 f"head.{key}: {getattr(head.config, key)} here, but {getattr(source.config, key)} in the classifier "
                 f"that head.init names ({init}); set them alike"
             )
-        rest = {name: value for name, value in source.state_dict().items() if not name.startswith("linear.")}
+        own = ("linear.", "second.")
+        rest = {name: value for name, value in source.state_dict().items() if not name.startswith(own)}
         head.load_state_dict(rest, strict=False)
-        source = source.linear.weight.detach(), source.linear.bias.detach()
-    else:
+        source = [(layer.weight.detach(), layer.bias.detach()) for layer in source.layers]
+    elif len(source) == 1:
         _only_linear(head, "another classifier")
-    weight, bias = source
-    if weight.shape[1] != head.linear.in_features:
+    elif head.config.kind != "distilled":
         raise InputError(
-            f"head.init: the classifier is one of {weight.shape[1]} features, this backbone gives "
+            f"head.kind: {head.config.kind} here, but the classifier that head.init names ({init}) has a layer for "
+            "each of two tokens; set head.kind=distilled, or head.init=random"
+        )
+    features = source[0][0].shape[1]
+    if features != head.linear.in_features:
+        raise InputError(
+            f"head.init: the classifier is one of {features} features, this backbone gives "
             f"{head.linear.in_features}; take the classifier of the same network"
         )
     found = match_classes(classes, names)
@@ -129,9 +143,10 @@ def _by_name(
             f"({_some(names)}); names must agree but for case, spaces, - and _, or be synsets; else head.init=random"
         )
     rows, old = torch.tensor(list(found)), torch.tensor(list(found.values()))
-    new_weight, new_bias = head.linear.weight.detach().clone(), head.linear.bias.detach().clone()
-    new_weight[rows], new_bias[rows] = weight[old].to(new_weight), bias[old].to(new_bias)
-    set_linear(head.linear, new_weight, new_bias)
+    for layer, (weight, bias) in zip(head.layers, source, strict=True):
+        new_weight, new_bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+        new_weight[rows], new_bias[rows] = weight[old].to(new_weight), bias[old].to(new_bias)
+        set_linear(layer, new_weight, new_bias)
     fresh = [name for label, name in enumerate(classes) if label not in found]
     start = f"the head starts with {len(found)} of {len(classes)} classes of {init}"
     return f"{start}; new, with random weights: {_some(fresh)}" if fresh else start

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from finetune.distillation import Answer, Widths
 from penstock import distributed
-from penstock.backbones import Backbone
+from penstock.backbones import Backbone, names
 from penstock.backbones.backbone import features_and_stages
 from penstock.class_names import check_classes, imagenet_names
 from penstock.errors import InputError
@@ -162,13 +162,20 @@ def load_teacher(name: str, classes: Sequence[str], channels: int, sizes: Sequen
 
 
 def exists(name: str) -> bool:
-    """Whether there is such a folder, or timm knows such a model."""
-    if not name.startswith(TIMM):
-        return Path(name).expanduser().is_dir()
-    import timm
+    """Whether there is such a folder; models of timm's are looked up when they are loaded."""
+    return name.startswith(TIMM) or Path(name).expanduser().is_dir()
 
+
+def known(name: str) -> str:
+    """The name; a validator.
+
+    Raises:
+        ValueError: timm has no such model; the message proposes the nearest name.
+    """
     model = name.removeprefix(TIMM)
-    return ":" in model or timm.is_model(model)  # local-dir:... and hf-hub:... are looked up when it is loaded
+    if name.startswith(TIMM) and ":" not in model:  # local-dir:... and hf-hub:... are no names of timm's
+        names.facts(model)
+    return name
 
 
 def export_folder(name: str) -> Path:
@@ -207,8 +214,6 @@ def _exported(name: str) -> Teacher:
 
 def _timm(name: str) -> Teacher:
     import timm
-
-    from penstock.backbones import names
 
     options: dict[str, Any] = {}
     if ":" not in name and names.takes_any_size(name):

@@ -92,6 +92,11 @@ class Head(nn.Module):
         nn.init.constant_(made.bias, -math.log(classes) if self.config.bias == "prior" else 0.0)
         return made
 
+    @property
+    def layers(self) -> list[nn.Linear]:
+        """Its linear layers: of the labels, and of the teacher where that has one of its own."""
+        return [self.linear] if self.second is None else [self.linear, self.second]
+
     def forward(self, features: Features) -> Tensor:
         """Logits, fp32 [B, K]."""
         first, second = self.both(features)

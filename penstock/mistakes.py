@@ -64,11 +64,14 @@ def _blocks(kind: Any) -> list[type[BaseModel]]:
 
 
 def fields_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, field, enclosing model) of every value that a recipe of this model may hold."""
+    """(dotted key, field, enclosing model) of every value that a recipe of this model may hold.
+
+    Blocks that may be null, and components that are chosen by name, are values as well as what they hold.
+    """
     for name, info in model.model_fields.items():
-        key = prefix + name
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from fields_of(kind, key + ".")
-        else:
+        key, blocks = prefix + name, _blocks(info.annotation)
+        chosen = any(hasattr(mark, "package") for mark in info.metadata)
+        if chosen or blocks != [info.annotation]:
             yield key, info, model
+        if len(blocks) == 1:
+            yield from fields_of(blocks[0], key + ".")

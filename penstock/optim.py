@@ -142,7 +142,7 @@ def kind_of(module: nn.Module, name: str) -> str:
     """What a module's own parameter `name` is for weight decay: norm, bias, token, position, scale or weight."""
     if isinstance(module, NORMS) or "norm" in type(module).__name__.lower():
         return "norm"
-    if name.endswith("bias"):
+    if name.endswith(("bias", "biases")):  # attention_biases in LeViT and TinyViT
         return "bias"
     if "token" in name:
         return "token"

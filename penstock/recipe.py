@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from penstock.errors import InputError, nearest
 from penstock.mistakes import mistake
@@ -254,7 +254,8 @@ def concrete(model: type[Block], values: dict[str, Any], problems: dict[str, str
     if not fields:
         return model
     for name, (kind, info) in fields.items():
-        fields[name] = (kind, info.default if not info.is_required() else ...)
+        default = info.default if not info.is_required() else ...
+        fields[name] = (Annotated[kind, *info.metadata], Field(default, description=info.description))
     return create_model(model.__name__, __base__=model, __module__=model.__module__, **fields)
 
 

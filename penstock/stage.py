@@ -235,6 +235,8 @@ def _print_keys(model: type[Recipe], source: Source | None) -> None:
         if marks:
             about = f"{about} one of: {', '.join(Registry(marks[0].package).names())}; name it for its keys".strip()
         default = "required" if info.is_required() else str(info.get_default(call_default_factory=True))
+        if marks and info.is_required():
+            default = getattr(marks[0], "default", None) or default
         table.add_row(key, escape(default), escape(about))
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print("\nWhat a recipe can set (give a RECIPE to see the keys of the components it names):")

@@ -152,6 +152,8 @@ def _found(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
         if isinstance(module, DropPath) and module.drop_prob > 0:
             yield "path", module, "drop_prob"
         elif isinstance(module, (PatchDropout, PatchDropoutWithIndices)) and module.prob > 0:
+            # timm makes it before it counts the distillation token, which would be dropped as a patch is.
+            module.num_prefix_tokens = max(module.num_prefix_tokens, getattr(model, "num_prefix_tokens", 0))
             yield "patch", module, "prob"
         elif isinstance(module, nn.Dropout) and module.p > 0 and last not in NOT_PROJ:
             yield ("attention" if last.startswith("attn_drop") else "proj"), module, "p"

@@ -21,7 +21,7 @@ _REGISTERED = re.compile(
 _PATCH_IN_NAME = re.compile(r"patch(\d+)|_p(\d+)_")
 _PATCH_IN_BODY = re.compile(r"\bpatch_size=(\d+)")
 # These classes resample their position embedding to the image they are given, when asked to.
-_ANY_SIZE = {"VisionTransformer", "Eva"}
+_ANY_SIZE = {"VisionTransformer", "VisionTransformerDistilled", "Eva"}
 
 
 @dataclass(frozen=True)

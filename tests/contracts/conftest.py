@@ -11,7 +11,7 @@ CLASSES = ("class_0", "class_1", "class_2")
 
 @pytest.fixture(scope="session")
 def packed_set(tmp_path_factory) -> Path:
-    """24 labelled images of 3 classes, packed from a class-folder tree; beside it lies `teacher`, a classifier of them."""
+    """24 labelled images of 3 classes, packed from a class-folder tree; beside it `teacher`, a classifier of them."""
     folder = tmp_path_factory.mktemp("standin")
     packed(class_tree(folder / "images", classes=len(CLASSES), each=8), folder / "set")
     write_teacher(folder / "teacher")

@@ -58,7 +58,7 @@ def path(request) -> Path:
 def here(path: Path, packed_set: Path) -> list[str]:
     """Overrides for what is not on this machine: data, teachers, and the weights of a run that comes before."""
     starts = ["backbone.weights=null", "head.init=random", "optim.l2_sp=0"] * (stage_of(path) == "finetune")
-    teacher = [f"task.teacher={packed_set.with_name('teacher')}"] * is_distillation(path)
+    teacher = [f"task.teacher={packed_set.with_name('teacher')}", "task.cache=null"] * is_distillation(path)
     return [f"data.train={packed_set}", f"data.val={packed_set}", *starts, *teacher]
 
 
