@@ -1,4 +1,4 @@
-"""The demo behind `make demo`: pack digits, pretrain without labels, finetune, and compare with random weights."""
+"""The demo behind `make demo`: pack digits, pretrain without labels, finetune, distill, and compare all of it."""
 
 import argparse
 import json
@@ -13,13 +13,18 @@ from rich.table import Table
 DIGITS = Path("data/digits")
 RUNS = Path("runs")
 PRETRAIN, FINETUNE = "configs/demo/mae_digits.yaml", "configs/demo/finetune_digits.yaml"
+DISTILL = "configs/demo/distill_digits.yaml"
+STUDENTS = RUNS / "distill-digits-distillation"
 COMPARE = (sys.executable, "-m", "penstock.cli", "compare")
 SCRATCH = ("name=scratch-digits", "backbone.weights=null")
 NEXT = """
 In per cent. kNN and the linear probe learn from every label, "1 label" from a single one per class, on features that
-MAE learned without any. Top-1 is the network's own, trained with every label for 20 epochs, from random and from
-MAE's weights. The calibration error (ECE) is before and after temperature scaling.
-Look at it    make ui, and open the address it prints; reconstructions, mistakes and calibration are artifacts
+MAE learned without any. Top-1 is the network's own, trained with every label, from random or from MAE's weights; the
+students learn from random weights, alone or from the finetuned network's answers, on the same images and steps. The
+calibration error (ECE) is before and after temperature scaling.
+Look at it    {picture}
+              make ui, and open the address it prints; reconstructions, mistakes and calibration are artifacts
+Deploy it     .venv/bin/penstock predict {student} data/digits/val
 Another run   .venv/bin/python -m launch local --procs 2 finetune \\
                   configs/demo/finetune_digits.yaml name=few data.labels=10% duration="60 epochs"
 Your images   see the README"""
@@ -44,13 +49,16 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         code = _call("-m", "launch", "local", "--procs", "2", stage, recipe, *changes)
         if code:
             return code
-    names = ("mae-digits", "finetune-digits", "scratch-digits")
+    distill = ("-m", "launch", "distill", "--procs", "2", "--beside", f"scratch-digits={RUNS / 'scratch-digits'}")
+    if code := _call(*distill, DISTILL):
+        return code
+    runs = [RUNS / name for name in ("mae-digits", "finetune-digits", "scratch-digits")]
+    runs += [STUDENTS / name for name in ("distilled-seed0", "alone-seed0")]
     found = subprocess.run(
-        [*COMPARE, *(str(RUNS / name) for name in names), "--format", "json", "--metrics", "*"],
-        stdout=subprocess.PIPE,
-        check=True,
+        [*COMPARE, *map(str, runs), "--format", "json", "--metrics", "*"], stdout=subprocess.PIPE, check=True
     )
-    _print(json.loads(found.stdout)["runs"], time.monotonic() - began)
+    report = json.loads((STUDENTS / "report.json").read_text(encoding="utf-8"))
+    _print(json.loads(found.stdout)["runs"], report, time.monotonic() - began)
     return 0
 
 
@@ -58,26 +66,34 @@ def _call(*command: str) -> int:
     return subprocess.run([sys.executable, *command]).returncode
 
 
-def _print(runs: list[dict], seconds: float) -> None:
-    pretrained, finetuned, scratch = runs
+def _print(runs: list[dict], report: dict, seconds: float) -> None:
+    pretrained, finetuned, scratch, distilled, alone = runs
     title = f"Handwritten digits, 16 x 16: 1,438 to learn from, 359 to test on; {seconds:.0f} s in all"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in ("run", "what it did", "kNN", "linear", "1 label", "top-1", "ECE", "images/s", "time"):
+    for column in ("run", "what it did", "size", "kNN", "linear", "1 label", "top-1", "ECE", "images/s", "time"):
         table.add_column(column, justify="left" if column in ("run", "what it did") else "right", no_wrap=True)
+    sizes = {row["name"]: f"{row['cost']['parameters'] / 1000:.0f} k" for row in report["students"]}
+    large = f"{report['teacher']['cost']['parameters'] / 1000:.0f} k"
     for name, what, where in (
         ("untrained", "nothing", "untrained"),
         ("mae-digits", "MAE", "final"),
     ):
         metrics = pretrained["results"]
         figures = [f"{metrics[f'{where}/{m}']:.1f}" for m in ("knn_top1", "linear_top1", "linear_top1_1_per_class")]
-        table.add_row(name, what, *figures, "", "", *(_cost(pretrained) if where == "final" else ()))
-    for run, what in ((scratch, "from random"), (finetuned, "from MAE")):
+        table.add_row(name, what, large, *figures, "", "", *(_cost(pretrained) if where == "final" else ()))
+    for run, name, what, size in (
+        (scratch, "scratch-digits", "from random", large),
+        (finetuned, "finetune-digits", "from MAE", large),
+        (alone, "student-alone", "from random", sizes["alone"]),
+        (distilled, "student-distilled", "from the teacher", sizes["distilled"]),
+    ):
         metrics = run["results"]
         ece = f"{metrics['final/ece_unscaled']:.1f} > {metrics['final/ece_scaled']:.1f}"
-        table.add_row(run["name"], what, "", "", "", f"{metrics['final/top1']:.1f}", ece, *_cost(run))
+        table.add_row(name, what, size, "", "", "", f"{metrics['final/top1']:.1f}", ece, *_cost(run))
     console = Console()
     console.print(table)
-    console.print(NEXT, highlight=False, soft_wrap=True)
+    words = NEXT.format(picture=STUDENTS / "students.png", student=STUDENTS / "distilled-seed0")
+    console.print(words, highlight=False, soft_wrap=True)
 
 
 def _cost(run: dict) -> tuple[str, str]:

@@ -20,6 +20,7 @@ from penstock.errors import INPUT_WRONG, InputError
 ALONE, DISTILLED, ONLINE = "alone", "distilled", "online"
 LOSSES = "task.losses"
 LATENCY_ROUNDS = 5
+REPORT = "report.json"
 
 
 @dataclass
@@ -47,6 +48,9 @@ def add_command(ways: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument("--seeds", type=int, default=1, help="runs of each variant, with seeds from the recipe's on")
     parser.add_argument("--losses", metavar="A,B", help="a variant for each of these losses by itself, at its defaults")
     parser.add_argument("--online", action="store_true", help="where the recipe has a cache, a variant without it, too")
+    parser.add_argument(
+        "--beside", action="append", default=[], metavar="NAME=RUN", help="another network for the table and picture"
+    )
     parser.add_argument("--procs", type=int, default=None, help="ranks of each run, as of `launch local`")
     parser.add_argument("--threads", type=int, default=None, help="threads of each rank, as of `launch local`")
     parser.add_argument("--report", action="store_true", help="only show what the runs so far have found")
@@ -73,9 +77,13 @@ def distill(args: argparse.Namespace, overrides: list[str], launcher: Launcher) 
     folder = Path(base["out"]) / f"{base['name']}-distillation"
     series = Series(plan, folder, recipes)
     if args.report:
-        return report(series, recipes[DISTILLED])
+        return report(series, recipes[DISTILLED], args.beside)
+
+    def show(tracker: Any) -> int:
+        return report(series, recipes[DISTILLED], args.beside, tracker)
+
     params = {"recipe": recipes[DISTILLED], "distill": {"seeds": plan.seeds, "variants": plan.variants}}
-    return follow(series, "distill", params, launcher, lambda tracker: report(series, recipes[DISTILLED], tracker))
+    return follow(series, "distill", params, launcher, show)
 
 
 def planned(args: argparse.Namespace, overrides: list[str]) -> tuple[Students, dict[str, Any]]:
@@ -105,7 +113,7 @@ def resolved_all(plan: Students) -> dict[str, dict[str, Any]]:
     return {name: each for name, each in found.items() if isinstance(each, dict)}
 
 
-def report(series: Series, recipe: dict[str, Any], tracker: Any = None) -> int:
+def report(series: Series, recipe: dict[str, Any], beside: Sequence[str], tracker: Any = None) -> int:
     """Teacher and students so far, measured side by side in a process that may import torch."""
     done: dict[str, list[Path]] = {}
     for trial in series.plan.trials():
@@ -114,7 +122,7 @@ def report(series: Series, recipe: dict[str, Any], tracker: Any = None) -> int:
     if not done:
         say("no run has finished yet")
         return 0
-    command = command_of(recipe, series.folder, done)
+    command = [*command_of(recipe, series.folder, done), *beside]
     code = subprocess.run(command).returncode
     if code:
         say(f"{' '.join(command[1:])} ended with {code}")
@@ -126,19 +134,20 @@ def report(series: Series, recipe: dict[str, Any], tracker: Any = None) -> int:
 def command_of(recipe: dict[str, Any], folder: Path, done: dict[str, list[Path]]) -> list[str]:
     students = [f"{name}={','.join(map(str, runs))}" for name, runs in done.items()]
     command = [sys.executable, "-m", "penstock.cli", "students", recipe["task"]["teacher"], *students]
-    return [*command, "--data", str(recipe["data"]["val"]), "--rounds", str(LATENCY_ROUNDS), "--out", str(folder)]
+    options = ["--rounds", str(LATENCY_ROUNDS), "--out", str(folder), "--no-track"]  # the parent run tracks it
+    return [*command, "--data", str(recipe["data"]["val"]), *options]
 
 
 def keep(folder: Path, tracker: Any) -> None:
     """Figures as metrics of the parent run, table and picture as its artifacts."""
-    made = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    for file in ("report.json", "report.txt", "students.png"):
-        if (folder / file).is_file():
-            tracker.artifact(folder / file)
-    for row in rows_of(made):
-        figures = {key: value for key, value in row.items() if isinstance(value, (int, float))}
-        tracker.log(0, {f"{row['name']}/{key}": float(value) for key, value in figures.items()})
-
-
-def rows_of(made: dict[str, Any]) -> Sequence[dict[str, Any]]:
-    return [made["teacher"], *made["students"]]
+    for file in (REPORT, "report.md", "students.png"):
+        tracker.artifact(folder / file)
+    made = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    for row in (made["teacher"], *made["students"]):
+        costs = {name: row["cost"][name] for name in ("parameters", "macs", "bytes")}
+        costs |= {f"latency_ms_{batch}": each["median"] for batch, each in row["cost"]["latency_ms"].items()}
+        tracker.log(0, {f"{row['name']}/{name}": float(value) for name, value in {**row["figures"], **costs}.items()})
+    for gain in made["gains"]:
+        for metric, effect in gain["effects"].items():
+            limits = ("value", "low", "high")
+            tracker.log(0, {f"gain/{gain['distilled']}/{metric}_{limit}": float(effect[limit]) for limit in limits})
