@@ -122,7 +122,7 @@ def report(series: Series, recipe: dict[str, Any], beside: Sequence[str], tracke
     if not done:
         say("no run has finished yet")
         return 0
-    command = [*command_of(recipe, series.folder, done), *beside]
+    command = command_of(recipe, series.folder, done, beside)
     code = subprocess.run(command).returncode
     if code:
         say(f"{' '.join(command[1:])} ended with {code}")
@@ -131,9 +131,9 @@ def report(series: Series, recipe: dict[str, Any], beside: Sequence[str], tracke
     return code
 
 
-def command_of(recipe: dict[str, Any], folder: Path, done: dict[str, list[Path]]) -> list[str]:
+def command_of(recipe: dict[str, Any], folder: Path, done: dict[str, list[Path]], beside: Sequence[str]) -> list[str]:
     students = [f"{name}={','.join(map(str, runs))}" for name, runs in done.items()]
-    command = [sys.executable, "-m", "penstock.cli", "students", recipe["task"]["teacher"], *students]
+    command = [sys.executable, "-m", "penstock.cli", "students", recipe["task"]["teacher"], *students, *beside]
     options = ["--rounds", str(LATENCY_ROUNDS), "--out", str(folder), "--no-track"]  # the parent run tracks it
     return [*command, "--data", str(recipe["data"]["val"]), *options]
 
