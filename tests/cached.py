@@ -36,6 +36,8 @@ def make_set(folder: Path) -> Path:
 class Projection(nn.Module):
     """Logits that every pixel moves."""
 
+    weight: Tensor
+
     def __init__(self, seed: int = 0, classes: int = len(CLASSES)):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)

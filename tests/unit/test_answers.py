@@ -153,11 +153,14 @@ def test_the_student_sees_the_pixels_that_the_teacher_answered(folder, repeats, 
     pool = Pool(writer, data, cached.teacher(), cached.identity(writer), torch.device("cpu"))
     plan, seen = Plan(data, range(len(SIZES)), VIEWS, 7, pool.knobs), {}
     for number in range(len(plan.spans)):
-        batch = assemble(plan.micro(number), pool.images, pool.augment, writer.seed)
+        micro = plan.micro(number)
+        assert micro is not None
+        batch = assemble(micro, pool.images, pool.augment, writer.seed)
         for slot, key in enumerate(batch.keys):
             seen[key, slot % VIEWS] = batch.views[0][slot]
     assert len(seen) == TOTAL * VIEWS
-    made, served = cached.recipe(folder, augment=augment, repeats=repeats, workers=workers, **options), {}
+    made = cached.recipe(folder, augment=augment, repeats=repeats, workers=workers, **options)
+    served: dict[str, int] = {}
     batches = [b for rank in range(world) for b in cached.take(cached.student(made, None, 12, rank, world), 10)]
     for _, key, view in sorted(
         (p, b.keys[i], b.views[0][i]) for b in batches for i, p in enumerate(b.positions.tolist())
@@ -377,7 +380,12 @@ def slowly(out: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     own = cached.teacher()
     forward = own.network.forward
-    own.network.forward = lambda images, stages: (time.sleep(0.1), forward(images, stages))[1]
+
+    def slow(images: torch.Tensor, stages: int) -> Any:
+        time.sleep(0.1)
+        return forward(images, stages)
+
+    own.network.forward = slow
     cached.write(out, cached.recipe(folder), teaches=own)
 
 
@@ -385,6 +393,7 @@ def test_a_killed_writing_goes_on_with_what_was_finished(folder, written, tmp_pa
     out = tmp_path / "out"
     process = multiprocessing.get_context("fork").Process(target=slowly, args=(out, folder))
     process.start()
+    assert process.pid is not None
     while not (out / shard_name(1)).is_file():
         assert process.is_alive()
         time.sleep(0.02)
@@ -460,7 +469,9 @@ def test_the_command_writes_a_cache_and_says_so(student_recipe, folder, tmp_path
     assert f"{2 * TOTAL}, 2 of each image" in said
     assert "at temperature 4" in said
     assert f"data.pool=2 task.cache={tmp_path / 'out'}" in said.replace("- ", "-")
-    assert Cache.read(tmp_path / "out").top == 4
+    cache = Cache.read(tmp_path / "out")
+    assert cache is not None
+    assert cache.top == 4
     assert main(words) == 0
     assert "all were there" in capsys.readouterr().out
 

@@ -1,6 +1,7 @@
 """A fixed pool of views: which one comes when, and that it has the same pixels whoever asks."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +51,8 @@ def by_hand(folder: Path, seed: int = 4, smaller: bool = True) -> dict[tuple[str
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("decode", ["smaller", "whole"])
 def test_every_serving_shows_the_view_whose_turn_it_is(folder, repeats, world, decode):
-    expected, served = by_hand(folder, smaller=decode == "smaller"), {}
+    expected = by_hand(folder, smaller=decode == "smaller")
+    served: dict[str, int] = {}
     made = cached.recipe(folder, repeats=repeats, labels="50%", decode=decode)
     batches = [b for r in range(world) for b in cached.take(cached.student(made, None, 12, r, world), 12)]
     slots = sorted((p, b.keys[i], b.views[0][i]) for b in batches for i, p in enumerate(b.positions.tolist()))
@@ -97,12 +99,13 @@ def test_augment_show_draws_the_pools_views(folder):
     shown = cached.pixels(cached.take(cached.student(made, None), 9))
     for position in (0, 7, 50, 100):
         (view,) = viewer.views(position)
+        assert view.pixels is not None
         assert np.array_equal(view.pixels.transpose(2, 0, 1), shown[position])
 
 
 @pytest.mark.parametrize("curve", ["size", "strength", "batch_growth"])
 def test_what_would_change_the_pool_is_refused(folder, curve):
-    values = {
+    values: dict[str, Any] = {
         "name": "pool",
         "duration": "2 steps",
         "batch": 8,
