@@ -52,7 +52,6 @@ class Identity:
     teacher: str  # digest of its weights
     classes: tuple[str, ...]
     augment: Mapping[str, Any]
-    seed: int
     pool: int
     channels: int
     decode: str
@@ -65,7 +64,6 @@ class Identity:
             teacher=teacher.digest(),
             classes=tuple(classes),
             augment=recipe.augment.model_dump(mode="json"),
-            seed=recipe.seed,
             pool=recipe.data.pool,
             channels=recipe.data.channels,
             decode=_decode(recipe, data),
@@ -87,13 +85,11 @@ class Identity:
         for key in sorted(mine.keys() | theirs.keys()):
             if mine.get(key) != theirs.get(key):
                 words.append(f"{key}: {mine.get(key)} instead of {theirs.get(key)}")
-        for name, key in (("seed", "seed"), ("pool", "data.pool"), ("channels", "data.channels")):
+        for name, key in (("pool", "data.pool"), ("channels", "data.channels")):
             if getattr(self, name) != getattr(wanted, name):
                 words.append(f"{key}: {getattr(self, name)} instead of {getattr(wanted, name)}")
         if self.decode != wanted.decode:
-            words.append(
-                f"images decoded {self.decode} instead of {wanted.decode} (data.decode, or data.cache=ram, which decodes whole)"
-            )
+            words.append(f"images decoded {self.decode} instead of {wanted.decode} (by data.decode, or data.cache=ram)")
         if self.data != wanted.data:
             words.append(f"another training set ({self.data[:12]} instead of {wanted.data[:12]}), or one packed anew")
         return words

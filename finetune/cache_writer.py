@@ -135,7 +135,7 @@ def _write(pool: Pool, cache: Cache, todo: list[int], batch: int, show: bool) ->
         plan, pool.images, pool.augment, pool.recipe.seed, data.workers, data.prefetch, pool.device.type
     )
     world = distributed.world()
-    with progress("views answered" + (f" by rank 0 of {world}" if world > 1 else ""), views, show=show) as meter:
+    with progress(f"rank 0 of {world}, views" if world > 1 else "views", views, show=show) as meter:
         for shard in todo:
             write_shard(cache.folder, shard, _tables(islice(batches, plan.count[shard]), pool, cache, meter))
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from finetune.answers import Cache, Identity, conflicts
 from finetune.recipe import Finetune
-from penstock.errors import DONE, INPUT_WRONG, InputError, RunFailed
+from penstock.errors import DONE, INPUT_WRONG, STOPPED, InputError, RunFailed
 from penstock.recipe import check, load
 from penstock.stage import exit_code
 
@@ -41,13 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--batch", metavar="N", type=int, default=BATCH, help=f"views that the teacher sees at once ({BATCH})")
     add("--verify", metavar="N", type=int, default=VERIFIED, help=f"views asked for again at the end ({VERIFIED})")
     args = parser.parse_intermixed_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # drafts are tidied away
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         return exit_code(_start(args))
     except InputError as error:
         return exit_code(INPUT_WRONG, f"finetune.teacher: {error}")
     except RunFailed as error:
         return exit_code(RunFailed.code, f"finetune.teacher: {error}")
+    except KeyboardInterrupt:
+        return exit_code(STOPPED, "finetune.teacher: stopped; finished shards are kept, the same command goes on")
 
 
 def _start(args: argparse.Namespace) -> int:

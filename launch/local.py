@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-STAGES = ("pretrain", "finetune")
+STAGES = ("pretrain", "finetune", "finetune.teacher")
 INPUT_WRONG = 2
 TIME_TO_SAVE = 600  # seconds that torchrun leaves ranks to save before it kills them
 
