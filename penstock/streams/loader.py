@@ -122,7 +122,7 @@ class _Decoded:
         """
         position, repeats = int(self.micro.positions[slot]), self.micro.repeats
         if self.micro.pool is not None:
-            key: Key = (self.seed, POOL, self.images.reader.record(*place).id, int(self.micro.pool[slot]))
+            key: Key = (POOL, self.images.reader.record(*place).id, int(self.micro.pool[slot]))
             return key, (key,)
         row = position // repeats
         return (self.seed, position), tuple((self.seed, row * repeats + again) for again in range(repeats))
