@@ -263,7 +263,7 @@ def test_another_plan_in_the_folder_is_refused(folder, written, copy, tmp_path):
         cached.write(copy, cached.recipe(folder), top=5)
     with pytest.raises(InputError, match="batch 8 instead of 16"):
         cached.write(copy, cached.recipe(folder), batch=16)
-    with pytest.raises(InputError, match="data.pool: 3 instead of 5"):
+    with pytest.raises(InputError, match=r"data\.pool: 3 instead of 5"):
         cached.write(copy, cached.recipe(folder, pool=5))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("x")
