@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +72,8 @@ class Identity:
 
     @classmethod
     def load(cls, values: Mapping[str, Any]) -> "Identity":
-        return cls(**{**{field.name: values[field.name] for field in fields(cls)}, "classes": tuple(values["classes"])})
+        """Raises KeyError or TypeError where `values` are those of no identity."""
+        return cls(**{**values, "classes": tuple(values["classes"])})
 
     def differences(self, wanted: "Identity") -> list[str]:
         """What another one asks for instead, in words."""
