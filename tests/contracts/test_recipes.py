@@ -19,10 +19,13 @@ from penstock.recipe import check, load, resolved, to_yaml
 from penstock.schedule import Clock, value_at
 from penstock.stage import Recipe, main
 from pretrain.recipe import Pretrain
+from tests.contracts.conftest import teacher_of
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "configs").glob("**/*.yaml"))
-COMMAND = re.compile(r"^# Run: (?:make demo$|.*\b(?P<stage>pretrain|finetune) (?P<path>configs/\S+))")
+COMMAND = re.compile(
+    r"^# Run: (?:make demo$|.*\b(?P<stage>pretrain|finetune|distill)(?: --\w+ \S+)* (?P<path>configs/\S+))"
+)
 STAGES: dict[str, type[Recipe]] = {"pretrain": Pretrain, "finetune": Finetune}
 IMAGENET = 1_281_167  # training images
 # Options that make a network of a family of timm's small; those that are not here take ResNets' `layers`.
@@ -43,8 +46,9 @@ def commands(path: Path) -> list[re.Match]:
 
 
 def stage_of(path: Path) -> str:
-    """The stage in the header's command; `make demo` begins with pretraining."""
-    return next((match["stage"] for match in commands(path) if match["stage"]), "pretrain")
+    """The stage in the header's command; `make demo` begins with pretraining, and `launch distill` finetunes."""
+    found = next((match["stage"] for match in commands(path) if match["stage"]), "pretrain")
+    return "finetune" if found == "distill" else found
 
 
 RECIPES = [path for path in FILES if not is_part(path)]
@@ -58,12 +62,10 @@ def path(request) -> Path:
 def here(path: Path, packed_set: Path) -> list[str]:
     """Overrides for what is not on this machine: data, teachers, and the weights of a run that comes before."""
     starts = ["backbone.weights=null", "head.init=random", "optim.l2_sp=0"] * (stage_of(path) == "finetune")
-    teacher = [f"task.teacher={packed_set.with_name('teacher')}", "task.cache=null"] * is_distillation(path)
-    return [f"data.train={packed_set}", f"data.val={packed_set}", *starts, *teacher]
-
-
-def is_distillation(path: Path) -> bool:
-    return load(path).values.get("task", {}).get("name") == "distill"
+    values = load(path).values
+    if values.get("task", {}).get("name") == "distill":
+        starts += [f"task.teacher={teacher_of(packed_set, values['data'].get('channels', 3))}", "task.cache=null"]
+    return [f"data.train={packed_set}", f"data.val={packed_set}", *starts]
 
 
 def checked(path: Path, overrides: list[str]) -> Any:

@@ -28,7 +28,7 @@ from tests.numerics.test_distill import CLASSES, MIXES, batch_of, task_of, teach
 OPTIONS: dict[str, Any] = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
 TOKEN: dict[str, Any] = {"name": "deit_tiny_distilled_patch16_224", "size": 16, "options": OPTIONS}
 PLAIN: dict[str, Any] = {"name": "deit_tiny_patch16_224", "size": 16, "options": OPTIONS}
-ANIMALS = ("ant", "bee", "cat", "dog")
+ANIMALS: tuple[str, ...] = ("ant", "bee", "cat", "dog")
 
 
 def pair(kind: str = "distilled", classes: int = 4, seed: int = 0, **head: Any) -> tuple[Backbone, Head]:
