@@ -268,3 +268,86 @@ def test_the_export_teaches_the_next_run(averaged, data, tmp_path, ranks):
     assert code == DONE and "top-1" in said
     assert load_classifier(tmp_path / "run" / "export").backbone.config.name == VIT["name"]
     assert (tmp_path / "run" / "predictions.npz").is_file()
+
+
+def write_answers(rank: int, world: int, recipe: str, out: str) -> int:
+    from finetune.teacher import main as teacher
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        return teacher([recipe, "--out", out, "--verify", "4"])
+
+
+def series_of(folder: Path, name: str) -> list[float]:
+    found = [line["metrics"] for line in journal(folder) if "metrics" in line]
+    return [metrics[name] for metrics in found if name in metrics]
+
+
+def test_a_cached_teacher_teaches_what_it_does_online(averaged, data, tmp_path, ranks):
+    values = recipe_of(
+        data,
+        tmp_path,
+        backbone=VIT,
+        task={
+            "name": "distill",
+            "teacher": str(averaged[0]),
+            "labels": 0.5,
+            "losses": {"soft_targets": {"temperature": 4.0}, "decoupled": {}, "dist": {}},
+        },
+        tracking={"enabled": False, "every": "1 steps"},
+    )
+    values["data"]["pool"] = 2
+    values["duration"] = "12 steps"  # three epochs, so that views come again
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values))
+    answers = str(tmp_path / "answers")
+    assert ranks(1).run(write_answers, str(tmp_path / "recipe.yaml"), answers) == [DONE]
+    for name, cache in (("online", None), ("cached", answers)):
+        run = {**values, "name": name, "task": {**values["task"], "cache": cache}}
+        assert ranks(2).run(finetune, run)[0][0] == DONE
+    for metric in ("train/loss", "train/loss_soft_targets", "train/loss_decoupled", "train/loss_dist"):
+        online, cached = (series_of(tmp_path / name, metric) for name in ("online", "cached"))
+        assert len(online) == 12 and cached == pytest.approx(online, rel=1e-3, abs=1e-3)
+    other = {**values, "name": "other", "augment": {"name": "crop_flip", "size": 24}}
+    with pytest.raises(InputError, match=r"augment\.size: 32\.0 instead of 24\.0"):
+        finetune(0, 1, {**other, "task": {**values["task"], "cache": answers}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mix": {"mixup": 0.8}}, r"mix\.mixup"),
+        ({"losses": {"features": {}}}, r"task\.losses\.features: it compares features"),
+        ({"losses": {"attention": {}}}, r"task\.losses\.attention: it compares features"),
+        ({"losses": {"relational": {}}}, r"task\.losses\.relational"),
+        ({"pool": None}, r"data\.pool"),
+    ],
+)
+def test_what_a_cache_cannot_say_is_refused_by_the_check(data, tmp_path, changes, words):
+    losses = changes.get("losses", {"soft_targets": {}})
+    task = {"name": "distill", "teacher": str(tmp_path), "cache": str(tmp_path), "losses": losses}
+    values = recipe_of(data, tmp_path, backbone=VIT, task=task, mix=changes.get("mix", {}))
+    values["data"]["pool"] = changes.get("pool", 2)
+    with pytest.raises(InputError, match=words):
+        check(Finetune, Source(values=values))
+
+
+def test_relations_of_logits_can_come_from_a_cache(data, tmp_path):
+    losses = {"relational": {"on": "logits"}}
+    task = {"name": "distill", "teacher": str(tmp_path), "cache": str(tmp_path), "losses": losses}
+    values = recipe_of(data, tmp_path, backbone=VIT, task=task)
+    values["data"]["pool"] = 2
+    assert check(Finetune, Source(values=values)).task.losses.relational.on == "logits"
+
+
+def test_a_larger_student_and_a_smoothed_teacher_are_warned_about(data, tmp_path, ranks, caplog):
+    from finetune.run import Finetuning
+    from penstock.schedule import Clock
+    from penstock.streams.data import Data
+
+    values = recipe_of(data, tmp_path, backbone=VIT, loss={"smoothing": 0.1}, name="smoothed")
+    assert ranks(2).run(finetune, values)[0][0] == DONE
+    larger = {**VIT, "options": {**VIT["options"], "embed_dim": 48}}
+    task = {"name": "distill", "teacher": str(tmp_path / "smoothed")}
+    recipe = check(Finetune, Source(values=recipe_of(data, tmp_path, backbone=larger, task=task)))
+    Finetuning(recipe).task(Data(recipe.data), Clock(6, 16, 64))
+    assert "learned from labels smoothed by 0.1" in caplog.text
+    assert "distillation is meant for a smaller student" in caplog.text
