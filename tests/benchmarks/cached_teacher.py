@@ -93,7 +93,7 @@ def _steps(args: argparse.Namespace, cache: str) -> Iterator[tuple[int, float]]:
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
-        yield len(batch), float(output.loss)
+        yield len(batch), float(output.loss.detach())
 
 
 if __name__ == "__main__":
