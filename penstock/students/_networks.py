@@ -1,9 +1,12 @@
 """Which networks are compared, and what their runs say of how they were trained."""
 
+import atexit
 import json
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from penstock.class_names import check_classes
 from penstock.errors import InputError
 from penstock.export import read_about
 
+TIMM = "timm:"  # before the name of a model with timm's own weights and classifier
 TEACHER, ALONE, DISTILLED, UNKNOWN = "teacher", "alone", "distilled", "unknown"  # how a network was trained
 ROLES = {"classify": ALONE, "distill": DISTILLED}  # by the recipe's task
 INSIDE = ("export", "best")  # folders of a run that are exports
@@ -33,7 +37,11 @@ def entry(text: str, name: str | None = None) -> Entry:
     given, equals, rest = text.partition("=")
     if not equals or Path(text).exists():
         given, rest = "", text
-    places = (rest,) if rest and Path(rest).exists() else tuple(place for place in rest.split(",") if place)
+    places = (
+        (rest,)
+        if rest and (Path(rest).exists() or rest.startswith(TIMM))
+        else tuple(place for place in rest.split(",") if place)
+    )
     if not places:
         raise InputError(f"{text!r} names no run; write a folder, or NAME=RUN,RUN for runs of one network")
     if len(places) > 1 and not (given or name):
@@ -64,7 +72,7 @@ class Network:
     @classmethod
     def open(cls, place: str) -> "Network":
         """Raises InputError where there is no classifier at `place`."""
-        folder = Path(place).expanduser()
+        folder = _adopted(place) if place.startswith(TIMM) else Path(place).expanduser()
         export = next((each for each in (folder, folder / "export") if (each / CONFIG_FILE).is_file()), None)
         if export is None:
             raise InputError(f"{place} is no export and holds none; give the folder of a finished run or of an export")
@@ -147,6 +155,16 @@ class Group:
     @property
     def role(self) -> str:
         return self.first.role
+
+
+@cache
+def _adopted(name: str) -> Path:
+    """timm's model as an export, in a folder that goes with this process."""
+    from penstock.adopt import adopt
+
+    keeper = tempfile.TemporaryDirectory(prefix="penstock-")
+    atexit.register(keeper.cleanup)
+    return adopt(name, Path(keeper.name) / "adopted")
 
 
 def same_classes(teacher: Network, other: Network) -> None:

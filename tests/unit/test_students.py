@@ -13,6 +13,7 @@ import torch
 import yaml
 from torch import nn
 
+from penstock.adopt import adopt
 from penstock.backbones import Backbone
 from penstock.cli import main
 from penstock.cost import Cost, Latency
@@ -463,3 +464,36 @@ def test_markdown_holds_what_the_terminal_shows():
 @pytest.mark.parametrize("value,text", [(999, "999 "), (1000, "1 k"), (999_600, "1 M"), (4.09e9, "4.09 G")])
 def test_quantities(value, text):
     assert quantity(value) == text
+
+
+def test_a_timm_model_is_a_teacher_like_its_export(place):
+    """`timm:` takes whatever timm opens, and an export of ours is such a folder."""
+    name = f"timm:local-dir:{place}/teacher/export"
+    made = compare(
+        f"big={name}", [f"own={place}/teacher"], Manifest.load(place / "val"), workers=0, rounds=1, threads=1
+    )
+    (own,) = made.students
+    assert own.runs[0]["agreement"] == 100 and own.runs[0]["kl"] < 1e-9
+    assert made.teacher.cost.parameters == own.cost.parameters
+    assert made.teacher.runs[0]["top1"] == own.runs[0]["top1"]
+
+
+def test_adopted_classifiers_answer_as_timm_does(tmp_path):
+    import timm
+
+    for name in ("test_vit", "test_resnet", "test_efficientnet", "test_convnext"):
+        torch.manual_seed(0)
+        model = timm.create_model(name, num_classes=10).eval()
+        timm.models.save_for_hf(
+            model, str(tmp_path / name), model_config={"label_names": list(CLASSES), "num_classes": 10}
+        )
+        ours = load_classifier(adopt(f"timm:local-dir:{tmp_path / name}", tmp_path / f"{name}-export"))
+        side = model.pretrained_cfg["input_size"][-1]
+        images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
+        torch.testing.assert_close(ours(images), model(ours.backbone.normalize(images)), rtol=1e-4, atol=1e-5)
+        assert ours.classes == CLASSES and ours.preprocessing["crop_pct"] == model.pretrained_cfg["crop_pct"]
+
+
+def test_classifiers_that_cannot_be_adopted_are_told(tmp_path):
+    with pytest.raises(InputError, match="timm's resnet_none cannot be had"):
+        adopt("timm:resnet_none", tmp_path / "x")
