@@ -159,7 +159,19 @@ def loaded_by(code: str, names: tuple[str, ...]) -> list[str]:
     return done.stdout.split("\n")[-2].split()
 
 
-HEAVY = ("torch", "torchvision", "timm", "deepspeed", "mlflow", "sklearn", "matplotlib", "pandas", "webdataset", "onnx", "onnxruntime")
+HEAVY = (
+    "torch",
+    "torchvision",
+    "timm",
+    "deepspeed",
+    "mlflow",
+    "sklearn",
+    "matplotlib",
+    "pandas",
+    "webdataset",
+    "onnx",
+    "onnxruntime",
+)
 
 
 @pytest.mark.parametrize(
