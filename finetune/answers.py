@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from penstock import distributed
 from penstock.augment import AUGMENTATIONS, Boxed
 from penstock.errors import InputError
 from penstock.recipe import flatten
@@ -22,10 +25,11 @@ from penstock.streams.sidecar import PackedSidecar
 if TYPE_CHECKING:
     from finetune.teachers import Teacher
 
-VERSION = 1
+VERSION = 2
 CACHE = "cache.json"
 STEPS = 65_535  # of 16 bits, from log-probability 0 down to the lowest one of an answer
 MAKE = "make it with `python -m finetune.teacher RECIPE --out {}`"
+log = logging.getLogger(__name__)
 
 
 def conflicts(recipe: Any) -> Iterator[str]:
@@ -109,12 +113,18 @@ def _decode(recipe: Any, data: Manifest) -> str:
     boxed = isinstance(AUGMENTATIONS.get(recipe.augment.name)(recipe.augment), Boxed)
     if recipe.data.decode == "whole" or recipe.data.cache == "ram" or not boxed:
         return "whole"
-    reader, least = ShardReader(data), 2 * round(recipe.augment.size)
-    for shard in range(len(data.shards)):
-        sides = np.minimum(reader.column(shard, "height"), reader.column(shard, "width"))
-        if ((sides >= least) | (sides == 0)).any():  # 0: the index does not know
-            return "smaller"
+    least = 2 * round(recipe.augment.size)
+    with closing(ShardReader(data)) as reader:
+        for shard in range(len(data.shards)):
+            sides = np.minimum(reader.column(shard, "height"), reader.column(shard, "width"))
+            if ((sides >= least) | (sides == 0)).any():  # 0: the index does not know
+                return "smaller"
     return "whole"
+
+
+def precision_of(recipe: Any) -> str:
+    """In which a teacher answers."""
+    return "bf16" if recipe.engine.precision == "bf16" else "fp32"
 
 
 # What an answer looks like ----------------------------------------------------------------------
@@ -122,11 +132,13 @@ def _decode(recipe: Any, data: Manifest) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """The row of a view: the `top` most likely of `classes`, most likely first, and the mass of the rest.
+    """The row of a view: the `top` most likely of `classes`, most likely first, the mass of the rest, and `shift`, the
+    logits' logsumexp, with which log-probabilities become the teacher's own logits again.
 
     Log-probabilities take 16 bits each, in even steps down to the answer's lowest one (`low`): half floats are four
-    times coarser where it matters at high temperatures, at log-probabilities around -10 (their steps there are 2^-7,
-    and single losses at T = 4 were up to 5e-3 off). With all classes there are no numbers of classes, and no rest.
+    times coarser where it matters at high temperatures, at log-probabilities around -10, where their steps are 2^-7.
+    Means of a batch's losses agree to 1e-4; single ones to about 3e-3 for very sharp answers at T = 4, else to 1e-3.
+    With all classes there are no numbers of classes, and no rest.
     """
 
     classes: int
@@ -134,7 +146,7 @@ class Layout:
 
     @property
     def kind(self) -> np.dtype:
-        logs: list[Any] = [("logs", "<u2", (self.top,)), ("low", "<f4")]
+        logs: list[Any] = [("logs", "<u2", (self.top,)), ("low", "<f4"), ("shift", "<f4")]
         if self.top == self.classes:
             return np.dtype(logs)
         number = np.min_scalar_type(self.classes - 1).newbyteorder("<")
@@ -142,8 +154,10 @@ class Layout:
 
     def pack(self, logits: Tensor) -> np.ndarray:
         """Rows [N] of `kind`, for logits [N, K]."""
-        logs = logits.double().log_softmax(1)
+        shift = logits.double().logsumexp(1)
+        logs = logits.double() - shift[:, None]
         rows = np.zeros(len(logs), self.kind)
+        rows["shift"] = shift.cpu().numpy()
         if self.top < self.classes:
             logs, order = logs.sort(stable=True, dim=1, descending=True)
             rows["classes"] = order[:, : self.top].cpu().numpy()
@@ -162,12 +176,13 @@ class Layout:
 
 
 def restore(extra: Mapping[str, Tensor], classes: int) -> Tensor:
-    """Logits fp32 [B, K] of the views' rows: log-probabilities, the rest spread evenly over the absent classes."""
-    logs = extra["logs"].float() * (extra["low"].float() / STEPS)[:, None]
+    """The teacher's logits fp32 [B, K] of the views' rows; absent classes share the mass of the rest evenly."""
+    shift = extra["shift"].float()
+    logits = extra["logs"].float() * (extra["low"].float() / STEPS)[:, None] + shift[:, None]
     if "classes" not in extra:
-        return logs
-    absent = classes - logs.shape[1]
-    return (extra["rest"].float() - np.log(absent))[:, None].repeat(1, classes).scatter(1, extra["classes"], logs)
+        return logits
+    even = extra["rest"].float() - np.log(classes - logits.shape[1]) + shift
+    return even[:, None].repeat(1, classes).scatter(1, extra["classes"], logits)
 
 
 # The folder ---------------------------------------------------------------------------------------
@@ -230,6 +245,30 @@ class Cache:
             raise InputError(
                 f"the cached answers in {self.folder} are not those of this recipe: {'; '.join(words)}; {remedy}"
             )
+
+    def check_use(self, recipe: Any, raw_logits: Sequence[str]) -> None:
+        """Whether a student of `recipe` may learn from these answers; warns where they are of another precision.
+
+        Args:
+            raw_logits: names of the losses that need the logits of all classes as they are.
+
+        Raises:
+            InputError: one of them is on, and classes were left out.
+        """
+        count = len(self.identity.classes)
+        if raw_logits and self.top < count:
+            raise InputError(
+                f"task.losses.{raw_logits[0]}: it compares the logits of all classes as they are, and {self.folder} "
+                f"holds those of the {self.top} likeliest of {count}; make a cache with --top {count}, or set "
+                f"task.cache=null, so that the teacher runs, or task.losses.{raw_logits[0]}=null"
+            )
+        mine, its = self.about.get("precision"), precision_of(recipe)
+        if mine != its and distributed.is_main():
+            log.warning(
+                "the teacher answered in %s into %s, and with engine.precision=%s would answer in %s: its answers "
+                "differ a little; make a cache with this precision where that matters",
+                mine, self.folder, recipe.engine.precision, its,
+            )  # fmt: skip
 
     @property
     def layout(self) -> Layout:

@@ -21,7 +21,7 @@ class Attention(nn.Module):
     added up over the stages. Networks of different widths can be compared as they are.
     """
 
-    features, looks_across_samples = False, False
+    features, looks_across_samples, raw_logits = False, False, False
 
     class Config(Block):
         name: Literal["attention"] = "attention"

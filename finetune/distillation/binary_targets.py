@@ -19,7 +19,7 @@ class BinaryTargets(nn.Module):
     For a teacher trained with the binary loss, whose softmax says little.
     """
 
-    features, stages, looks_across_samples = False, 0, False
+    features, stages, looks_across_samples, raw_logits = False, 0, False, True
 
     class Config(Block):
         name: Literal["binary_targets"] = "binary_targets"

@@ -22,7 +22,7 @@ class Decoupled(nn.Module):
     targets the second is weighed by what the teacher leaves to the others, which is little where it is sure.
     """
 
-    features, stages, looks_across_samples = False, 0, False
+    features, stages, looks_across_samples, raw_logits = False, 0, False, False
 
     class Config(Block):
         name: Literal["decoupled"] = "decoupled"

@@ -23,7 +23,7 @@ class Dist(nn.Module):
     the classes. A student may be less sure than a much stronger teacher, at no cost.
     """
 
-    features, stages, looks_across_samples = False, 0, True
+    features, stages, looks_across_samples, raw_logits = False, 0, True, False
 
     class Config(Block):
         name: Literal["dist"] = "dist"

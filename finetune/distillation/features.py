@@ -23,7 +23,7 @@ class Features(nn.Module):
     what is exported.
     """
 
-    looks_across_samples = False
+    looks_across_samples, raw_logits = False, False
 
     class Config(Block):
         name: Literal["features"] = "features"

@@ -19,7 +19,7 @@ class HardLabels(nn.Module):
     A student with a distillation token answers here with that token's head, and to the labels with the other.
     """
 
-    features, stages, looks_across_samples = False, 0, False
+    features, stages, looks_across_samples, raw_logits = False, 0, False, False
 
     class Config(Block):
         name: Literal["hard_labels"] = "hard_labels"

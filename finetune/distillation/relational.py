@@ -40,7 +40,7 @@ class Relational(nn.Module):
     def __init__(self, config: Config, student: Widths, teacher: Widths):
         super().__init__()
         self.config = config
-        self.features = config.on == "pooled"
+        self.features, self.raw_logits = config.on == "pooled", config.on == "logits"
 
     def forward(
         self, student: Answer, teacher: Answer, targets: Tensor, weights: Tensor, knobs: Mapping[str, float]

@@ -19,7 +19,7 @@ class SoftTargets(nn.Module):
     T^2 keeps the gradient's size about the same at every temperature.
     """
 
-    features, stages, looks_across_samples = False, 0, False
+    features, stages, looks_across_samples, raw_logits = False, 0, False, False
 
     class Config(Block):
         name: Literal["soft_targets"] = "soft_targets"

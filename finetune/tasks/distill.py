@@ -110,7 +110,9 @@ class Distill(Classify):
             return None
         expected = Identity.of(recipe, self.apart.teacher, self.pieces.classes, data.train)
         self.apart = Apart(teacher=None)  # it has said who it is, and only takes memory from here on
-        return Cache.open(self.config.cache, expected).sidecar(data.train)
+        cache = Cache.open(self.config.cache, expected)
+        cache.check_use(recipe, [name for name, loss in self.losses.items() if loss.raw_logits])
+        return cache.sidecar(data.train)
 
     def forward(self, batch: Batch, knobs: Mapping[str, float]) -> StepOutput:
         images, targets = self.mixed(batch, knobs)

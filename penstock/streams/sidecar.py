@@ -1,7 +1,7 @@
 """Answers beside a packed set: for every sample a table with a row for each view of its pool (`data.pool`).
 
 A sidecar is a set of its own: a manifest, and for every shard of the set a tar with the same keys in the same order,
-whose members `KEY.teacher.npy` are plain arrays, with an index beside. What the rows mean is not known here.
+whose members `KEY.answers.npy` are plain arrays, with an index beside. What the rows mean is not known here.
 """
 
 import mmap
@@ -28,7 +28,7 @@ from penstock.streams.manifest import Manifest
 from penstock.streams.reader import Fault, ShardReader
 from penstock.streams.tar import TarError
 
-MEMBER = "teacher.npy"
+MEMBER = "answers.npy"
 
 
 class Sidecar(Protocol):

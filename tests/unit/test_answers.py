@@ -17,6 +17,7 @@ import yaml
 from finetune.answers import CACHE, Cache, Layout, conflicts, restore
 from finetune.cache_facts import check_again, facts
 from finetune.cache_writer import Plan, Pool
+from finetune.distillation import Answer
 from finetune.teacher import main
 from penstock.backbones import Backbone
 from penstock.errors import InputError, RunFailed
@@ -28,8 +29,9 @@ from penstock.streams.loader import _joined, assemble
 from penstock.streams.manifest import MANIFEST, Manifest
 from penstock.streams.reader import Fault
 from penstock.streams.sidecar import shard_name
-from tests import cached
+from tests import cached, distillation
 from tests.cached import CLASSES, SIZES, VIEWS
+from tests.distillation import CASES
 from tests.shards import damage, write_set
 from tests.trees import fingerprints, read_plainly
 
@@ -103,6 +105,43 @@ def test_losses_agree_with_those_of_the_answers_as_they_were(classes, top, tempe
     assert (found - exact).mean().abs() < 1e-4
 
 
+def of_answers_alone(case: str) -> bool:
+    loss = distillation.setting(case)[0].module
+    return not (loss.features or loss.stages)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if of_answers_alone(case)])
+def test_every_loss_is_what_it_is_online(case):
+    """Logits of any common shift: some losses see it."""
+    loss, student, teacher = distillation.setting(case, rows=12)
+    shifts = 5 * torch.randn(12, 1, generator=torch.Generator().manual_seed(3))
+    logits = (2 * teacher.logits + shifts).float()
+    restored = restore(extra_of(Layout(5, 5).pack(logits)), 5)
+    assert (restored - logits).abs().max() < 1e-3
+    online, again = (loss(student, Answer(each.double())) for each in (logits, restored))
+    assert (again - online).abs().max() < 1e-3
+    unshifted = loss(student, Answer(logits.double().log_softmax(1)))
+    assert ((unshifted - online).abs().max() > 0.1) == loss.module.raw_logits
+
+
+def test_losses_of_raw_logits_need_all_classes(folder, written, tmp_path):
+    made = cached.recipe(folder)
+    opened(written, made).check_use(made, ["binary_targets"])
+    cached.write(tmp_path, made, top=4)
+    opened(tmp_path, made).check_use(made, [])
+    with pytest.raises(InputError, match=r"task.losses.relational.* the 4 likeliest of 10; .*--top 10"):
+        opened(tmp_path, made).check_use(made, ["relational"])
+
+
+def test_another_precision_is_warned_of(folder, written, caplog):
+    made = cached.recipe(folder)
+    for precision, warned in (("fp32", False), ("fp16", False), ("bf16", True)):
+        caplog.clear()
+        made.engine.precision = precision
+        opened(written, made).check_use(made, [])
+        assert ("answered in fp32" in caplog.text) == warned
+
+
 def test_of_a_sure_teacher_the_fifty_likeliest_of_a_thousand_say_all():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(100, 1000, generator=generator)
@@ -116,13 +155,13 @@ def test_what_rows_hold():
     logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(1)) * 4
     logits[0] = 7.0  # ties go to the first class
     rows, exact = Layout(300, 20).pack(logits), logits.double().softmax(1)
-    assert rows.dtype.itemsize == 20 * 2 + 20 * 2 + 8
+    assert rows.dtype.itemsize == 20 * 2 + 20 * 2 + 12
     assert rows["classes"][0].tolist() == list(range(20))
     probabilities = np.exp(rows["logs"] * rows["low"][:, None].astype(np.float64) / 65535)
     assert (np.diff(probabilities, axis=1) <= 0).all()
     assert np.abs(probabilities.sum(1) + np.exp(rows["rest"]) - 1).max() < 2e-4
     assert np.abs(probabilities - np.take_along_axis(exact.numpy(), rows["classes"].astype(int), 1)).max() < 1e-4
-    assert Layout(10, 10).kind.itemsize == 24
+    assert Layout(10, 10).kind.itemsize == 28
     assert [Layout(n, 1).kind["classes"].base.itemsize for n in (256, 257, 65536, 65537)] == [1, 2, 2, 4]
 
 
@@ -200,7 +239,7 @@ def test_what_is_written_is_plain(folder, written):
     import io
 
     for sample in samples.values():
-        table = np.load(io.BytesIO(sample["teacher.npy"]), allow_pickle=False)
+        table = np.load(io.BytesIO(sample["answers.npy"]), allow_pickle=False)
         assert table.shape == (VIEWS,)
         assert table.dtype == Layout(10, 10).kind
 
