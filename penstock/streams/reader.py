@@ -1,10 +1,14 @@
 """Random access to the samples of a packed set: bytes at an offset, checked."""
 
+import errno
 import hashlib
 import os
+import resource
+import weakref
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -12,7 +16,7 @@ from penstock.errors import InputError
 from penstock.streams.manifest import Manifest
 
 REMEDY = "; copy or pack the set again, or see `penstock shards verify`"
-OPEN_SHARDS = 384  # two file descriptors each, below the usual limit of 1024
+OPEN_SHARDS = 384  # of all readers of a process, two file descriptors each: below the usual limit of 1024
 
 
 class Fault(Exception):
@@ -40,13 +44,17 @@ class _Open:
 class ShardReader:
     """Reads samples by (shard number, number within the shard). Files open at first use, in the process that reads.
 
-    `os.pread` has no file position, so forked workers cannot disturb each other.
+    `os.pread` has no file position, so forked workers cannot disturb each other. Files close with the reader.
     """
+
+    _all: ClassVar["weakref.WeakSet[ShardReader]"] = weakref.WeakSet()
 
     def __init__(self, manifest: Manifest):
         self.manifest = manifest
-        self._open: OrderedDict[int, _Open] = OrderedDict()
+        self._open: OrderedDict[int, _Open] = OrderedDict()  # the longest unused first
         self._checked: set[int] = set()
+        self._all.add(self)
+        weakref.finalize(self, _close, self._open)
 
     def record(self, shard: int, sample: int) -> Record:
         row = self._opened(shard).index[sample]
@@ -85,16 +93,21 @@ class ShardReader:
         return self.payload(shard, record), record.label, record.key, record.id
 
     def close(self) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1].file)
+        _close(self._open)
 
     def _opened(self, shard: int) -> _Open:
         if shard not in self._open:
-            if len(self._open) >= OPEN_SHARDS:
-                os.close(self._open.popitem(last=False)[1].file)
+            self._make_room()
             self._open[shard] = self._fresh(shard)
         self._open.move_to_end(shard)
         return self._open[shard]
+
+    def _make_room(self) -> None:
+        """Close shards of the readers that have most, so that one more may open."""
+        room = _most_open()
+        while sum(len(reader._open) for reader in self._all) >= room:
+            fullest = max(self._all, key=lambda reader: len(reader._open))
+            _close(fullest._open, 1)
 
     def _fresh(self, number: int) -> _Open:
         shard = self.manifest.shards[number]
@@ -110,4 +123,21 @@ class ShardReader:
                 raise ValueError("it is not the index the manifest describes")
             return _Open(os.open(self.manifest.root / shard.name, os.O_RDONLY), index)
         except (OSError, ValueError, EOFError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                raise InputError(
+                    f"{path}: too many files are open at once ({error.strerror}); raise the limit in the shell that "
+                    "starts this command, with `ulimit -n 4096`, or ask who runs the machine to"
+                ) from error
             raise InputError(f"{path} or its shard cannot be used: {error}{REMEDY}") from error
+
+
+def _close(shards: OrderedDict[int, _Open], count: int | None = None) -> None:
+    """Close those that were not used for longest; all without a count."""
+    for _ in range(len(shards) if count is None else count):
+        os.close(shards.popitem(last=False)[1].file)
+
+
+def _most_open() -> int:
+    """Shards that may be open in this process: three quarters of its descriptors, at two each."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return OPEN_SHARDS if limit == resource.RLIM_INFINITY else max(1, min(OPEN_SHARDS, limit * 3 // 8))

@@ -1,7 +1,9 @@
 """Reading from shards: exact bytes, and nothing damaged passes."""
 
 import multiprocessing
+import resource
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,6 +60,62 @@ def test_few_files_stay_open(manifest, monkeypatch):
         reader.read(*place)
         assert len(reader._open) <= 2
     reader.close()
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def few_descriptors(limit: int) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+
+def _read_two_sets(folders: list[Path], results) -> None:
+    few_descriptors(4 * descriptors() + 64)
+    readers = [ShardReader(Manifest.load(folder)) for folder in folders]
+    keys = [reader.record(shard, 0).key for shard in [*range(90), *range(90)] for reader in readers]
+    results.put((keys == [key_of(shard) for shard in [*range(90), *range(90)] for _ in readers], len(readers[0]._open)))
+
+
+def _read_without_descriptors(folder: Path, results) -> None:
+    reader = ShardReader(Manifest.load(folder))
+    few_descriptors(descriptors())
+    try:
+        reader.record(0, 0)
+    except InputError as error:
+        results.put(str(error))
+
+
+def in_a_process(run, *args):
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    process = context.Process(target=run, args=(*args, results))
+    process.start()
+    found = results.get(timeout=30)
+    process.join()
+    return found
+
+
+def test_two_readers_share_a_low_limit_of_open_files(tmp_path):
+    folders = [write_set(tmp_path / name, [1] * 90).root for name in ("one", "two")]
+    right, some = in_a_process(_read_two_sets, folders)
+    assert right
+    assert 2 <= some < 90
+
+
+def test_too_few_descriptors_are_not_taken_for_damage(manifest):
+    said = in_a_process(_read_without_descriptors, manifest.root)
+    assert "ulimit -n" in said
+    assert "pack the set again" not in said
+
+
+def test_files_close_with_their_reader(manifest):
+    before = descriptors()
+    reader = ShardReader(manifest)
+    reader.record(0, 0)
+    assert descriptors() == before + 2
+    del reader
+    assert descriptors() == before
 
 
 def test_every_flipped_byte_of_a_payload_is_a_fault(manifest):
