@@ -175,7 +175,7 @@ class Finetuning:
                 "run": recipe.name,
                 "task": recipe.task.name,
                 "step": step,
-                "smoothing": getattr(recipe.loss, "smoothing", 0.0),
+                "smoothing": TASKS.get(recipe.task.name).smoothing(recipe),
             },
             preprocessing={
                 "crop_pct": recipe.monitor.crop_pct,

@@ -1,6 +1,7 @@
 """A distillation's teacher: a classifier's export or any timm model, frozen."""
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,12 +12,12 @@ from torch import Tensor, nn
 
 from finetune.distillation import Answer, Widths
 from penstock import distributed
+from penstock.adopt import TIMM, open_timm
 from penstock.backbones import Backbone, names
 from penstock.backbones.backbone import features_and_stages
-from penstock.class_names import check_classes, imagenet_names
+from penstock.class_names import check_classes
 from penstock.errors import InputError
 
-TIMM = "timm:"
 EXPORT = "export"
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,8 @@ class Teacher(nn.Module):
         name: as the recipe gives it.
         classes: names in the order of the logits; None where a timm model does not say.
         size: image (height, width) it was made for.
-        smoothing: of the labels it learned from, where that is known.
+        smoothing: of the labels it learned from, where that is known; timm does not say.
+        made: what the weights are the weights of, JSON values: equal weights of another network are another teacher.
     """
 
     mean: Tensor
@@ -43,9 +45,10 @@ class Teacher(nn.Module):
         mean: Sequence[float],
         std: Sequence[float],
         smoothing: float = 0.0,
+        made: Any = None,
     ):
         super().__init__()
-        self.name, self.network, self.size, self.smoothing = name, network, size, smoothing
+        self.name, self.network, self.size, self.smoothing, self.made = name, network, size, smoothing, made
         self.classes = None if classes is None else tuple(classes)
         self.register_buffer("mean", torch.tensor(list(mean)), persistent=False)
         self.register_buffer("std", torch.tensor(list(std)), persistent=False)
@@ -63,32 +66,33 @@ class Teacher(nn.Module):
         return Answer(logits.float(), pooled, maps)
 
     def widths(self, side: int) -> Widths:
-        """The widths of its answers for images of `side` pixels, on the meta device, where no arithmetic is done.
+        """The widths of its answers for images of `side` pixels. Raises InputError where it does not take them."""
+        logits, pooled, _ = self._shapes(side, 0)
+        maps = all_stages(self.network.model, lambda stages: self._shapes(side, stages)[2])
+        return Widths(logits.shape[1], pooled.shape[1], maps)
 
-        Raises:
-            InputError: it does not take such images.
-        """
+    def outputs(self, side: int) -> int:
+        """How many classes it tells apart. Raises InputError where it does not take images of `side` pixels."""
+        return self._shapes(side, 0)[0].shape[1]
+
+    def _shapes(self, side: int, stages: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """What the network gives, on the meta device, where no arithmetic is done."""
         state = {name: value.to("meta") for name, value in self.network.state_dict(keep_vars=True).items()}
         state |= {name: value.to("meta") for name, value in self.network.named_buffers()}
         images = torch.empty(1, self.channels, side, side, device="meta")
-
-        def answer(stages: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        try:
             with torch.no_grad():
                 return torch.func.functional_call(self.network, state, (images, stages))
-
-        try:
-            logits, pooled, _ = answer(0)
         except (AssertionError, RuntimeError, ValueError) as error:
             made = " x ".join(map(str, self.size))
             raise InputError(
                 f"task.teacher: {self.name}, made for {made} pixels, does not take the student's images "
                 f"of {side} x {side}: {error}; set augment.size to a size of the teacher's, or take another teacher"
             ) from error
-        return Widths(logits.shape[1], pooled.shape[1], all_stages(self.network.model, lambda n: answer(n)[2]))
 
     def digest(self) -> str:
-        """SHA-256 of its weights and of the mean and standard deviation that it takes."""
-        found = hashlib.sha256()
+        """SHA-256 of its weights, of what they are the weights of, and of the mean and standard deviation it takes."""
+        found = hashlib.sha256(json.dumps(self.made, sort_keys=True, default=str).encode())
         for name, value in sorted([*self.network.state_dict().items(), ("mean", self.mean), ("std", self.std)]):
             found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -134,16 +138,17 @@ def load_teacher(name: str, classes: Sequence[str], channels: int, sizes: Sequen
     Raises:
         InputError: there is none, or it has other classes or in another order, or cannot see such images.
     """
-    teacher = _timm(name.removeprefix(TIMM)) if name.startswith(TIMM) else _exported(name)
+    teacher = _timm(name) if name.startswith(TIMM) else _exported(name)
     if teacher.classes is not None:
-        check_classes(teacher.classes, classes, "data.train", "the teacher")
+        remedy = "finetune the teacher on this training set first, and give its export"
+        check_classes(teacher.classes, classes, "data.train", "the teacher", remedy)
     if teacher.channels != channels:
         raise InputError(
             f"task.teacher: it takes images of {teacher.channels} channels, the student of {channels}; "
             "distill from a teacher of the same kind"
         )
     for side in sizes:
-        outputs = teacher.widths(side).classes
+        outputs = teacher.outputs(side)
         if outputs != len(classes):
             raise InputError(
                 f"task.teacher: {name} has {outputs} classes, the training set {len(classes)}; finetune the teacher on "
@@ -186,9 +191,10 @@ def export_folder(name: str) -> Path:
 
 def all_stages(model: Any, maps: Callable[[int], tuple[Tensor, ...]]) -> tuple[int, ...]:
     """Channels of every stage that a timm model shows, the deepest last; none where it shows none."""
+    stages = len(getattr(model, "feature_info", ()))
     try:
-        return tuple(each.shape[1] for each in maps(len(model.feature_info)))
-    except (InputError, AttributeError, AssertionError, RuntimeError, ValueError):
+        return tuple(each.shape[1] for each in maps(stages)) if stages else ()
+    except InputError:  # a model without `forward_intermediates`
         return ()
 
 
@@ -206,28 +212,27 @@ def _exported(name: str) -> Teacher:
     folder = export_folder(name)
     found = load_classifier(folder)
     backbone = found.backbone
-    smoothing = float(read_about(folder).get("smoothing", 0.0))
+    about = read_about(folder)
     return Teacher(
-        name, _Exported(found), found.classes, backbone.size, backbone.mean.tolist(), backbone.std.tolist(), smoothing
+        name,
+        _Exported(found),
+        found.classes,
+        backbone.size,
+        backbone.mean.tolist(),
+        backbone.std.tolist(),
+        float(about.get("smoothing", 0.0)),
+        {key: about[key] for key in ("backbone", "head")},
     )
 
 
 def _timm(name: str) -> Teacher:
-    import timm
+    from timm.models import get_model_args
 
-    options: dict[str, Any] = {}
-    if ":" not in name and names.takes_any_size(name):
-        options["dynamic_img_size"] = True
-    try:
-        model: Any = timm.create_model(name, pretrained=True, **options)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise InputError(
-            f"task.teacher: timm's {name} cannot be had: {error}; give a model with weights, or a local folder as "
-            "timm:local-dir:FOLDER"
-        ) from error
+    model, classes = open_timm(name)
     about = model.pretrained_cfg
-    classes = about.get("label_names") or imagenet_names(model.num_classes)
-    return Teacher(f"{TIMM}{name}", _Timm(model), classes, tuple(about["input_size"][-2:]), about["mean"], about["std"])
+    made = {"architecture": about.get("architecture", name), **get_model_args(model)}
+    size = tuple(about["input_size"][-2:])
+    return Teacher(name, _Timm(model), classes, size, about["mean"], about["std"], made=made)
 
 
 def _warn(message: str, *parts: Any) -> None:

@@ -16,6 +16,31 @@ PREPARED = ("crop_pct", "crop_mode", "interpolation", "test_input_size", "test_c
 SET_OTHERWISE = ("num_classes", "in_chans", "img_size", "global_pool", "pretrained")  # by fields of Backbone.Config
 
 
+def open_timm(name: str) -> tuple[Any, list[str] | None]:
+    """timm's pretrained model `timm:NAME` with its classifier, and its classes' names where they are known.
+
+    Raises:
+        InputError: there is no such model, or no weights of it.
+    """
+    import timm
+
+    from penstock.backbones import names
+
+    model_name = name.removeprefix(TIMM)
+    options: dict[str, Any] = (
+        {"dynamic_img_size": True} if ":" not in model_name and names.takes_any_size(model_name) else {}
+    )
+    try:
+        with torch.random.fork_rng(devices=[]):  # what a run draws must not depend on who teaches it
+            model: Any = timm.create_model(model_name, pretrained=True, **options)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise InputError(
+            f"timm's {model_name} cannot be had: {error}; give a model with weights, or a local folder as "
+            "timm:local-dir:FOLDER"
+        ) from error
+    return model, model.pretrained_cfg.get("label_names") or imagenet_names(model.num_classes)
+
+
 def adopt(name: str, folder: Path) -> Path:
     """Write timm's pretrained model `timm:NAME`, its classifier included, as the export `folder`.
 
@@ -23,17 +48,10 @@ def adopt(name: str, folder: Path) -> Path:
         InputError: there is no such model or no weights of it, its classes have no names, or its classifier is not
             linear.
     """
-    import timm
     from timm.models import get_model_args
 
-    model_name = name.removeprefix(TIMM)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            model: Any = timm.create_model(model_name, pretrained=True)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise InputError(f"timm's {model_name} cannot be had: {error}") from error
+    model, classes = open_timm(name)
     about = dict(model.pretrained_cfg)
-    classes = about.get("label_names") or imagenet_names(model.num_classes)
     channels, height, width = about["input_size"]
     given = get_model_args(model)
     config = Backbone.Config(

@@ -9,8 +9,8 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from finetune.distillation import Answer, Widths
+from finetune.distillation._knobs import not_negative
 from finetune.distillation._maps import check_stages, same_size
-from finetune.distillation._temperature import not_negative
 from penstock.recipe import Block
 from penstock.schedule import Knob
 
@@ -50,7 +50,7 @@ class Features(nn.Module):
     ) -> Tensor:
         pairs = [_places(own, its) for own, its in self._compared(student, teacher)]
         losses = [
-            self._difference(project(own), F.layer_norm(its, its.shape[2:])).mean(1)
+            self._difference(_projected(project, own), F.layer_norm(its, its.shape[2:])).mean(1)
             for project, (own, its) in zip(self.projectors, pairs, strict=True)
         ]
         return torch.stack(losses).mean(0)
@@ -75,6 +75,11 @@ def _places(own: Tensor, its: Tensor) -> tuple[Tensor, Tensor]:
     """Maps [B, C, h, w] of one size as features of each place [B, L, C]."""
     a, b = (maps.flatten(2).transpose(1, 2) for maps in same_size(own, its))
     return a, b
+
+
+def _projected(projector: nn.Module, values: Tensor) -> Tensor:
+    """In the weights' own precision, which the engine may have lowered, and back in that of the values."""
+    return projector(values.to(next(projector.parameters()).dtype)).to(values.dtype)
 
 
 def _projector(kind: str, student: int, teacher: int) -> nn.Module:

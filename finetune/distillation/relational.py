@@ -9,8 +9,8 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from finetune.distillation import Answer, Widths
+from finetune.distillation._knobs import not_negative
 from finetune.distillation._ranks import total, valid_rows
-from finetune.distillation._temperature import not_negative
 from penstock import distributed
 from penstock.recipe import Block
 from penstock.schedule import Knob

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from finetune.distillation import Answer, Widths
-from finetune.distillation._temperature import above_zero, log_probabilities, not_negative
+from finetune.distillation._knobs import above_zero, log_probabilities, not_negative
 from penstock.recipe import Block
 from penstock.schedule import Knob
 

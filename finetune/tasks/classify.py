@@ -27,6 +27,11 @@ class Classify(Task):
         return knobs_of(config)
 
     @classmethod
+    def smoothing(cls, recipe: Any) -> float:
+        """How much the labels that it learns from are smoothed."""
+        return float(getattr(recipe.loss, "smoothing", 0.0))
+
+    @classmethod
     def absent(cls, recipe: Any) -> Iterator[str]:
         """What it would read and is not on this machine: the key, and what to do."""
         return iter(())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from finetune.answers import MAKE, Cache, Identity, restore
 from finetune.answers import conflicts as cached_conflicts
 from finetune.distillation import DISTILLATIONS, Answer, Widths
-from finetune.distillation._temperature import not_negative
+from finetune.distillation._knobs import not_negative
 from finetune.tasks import Pieces
 from finetune.tasks.classify import Apart, Classify
 from finetune.teachers import Teacher, all_stages, exists, known, load_teacher
@@ -65,30 +65,11 @@ class Distill(Classify):
 
     @classmethod
     def conflicts(cls, recipe: Any) -> list[str]:
-        kinds = {name: DISTILLATIONS.get(name) for name in recipe.task.blocks()}
-        if not kinds and largest(recipe.task.labels) == 0:
-            return [
-                "task.losses: there is nothing to learn from; give a loss, such as task.losses.soft_targets.weight=1"
-            ]
-        if recipe.task.cache is not None:
-            made = {name: kind(recipe.task.blocks()[name], NARROW, NARROW) for name, kind in kinds.items()}
-            features = [name for name, loss in made.items() if loss.features or loss.stages]
-            if features:
-                return [
-                    f"task.losses.{features[0]}: it compares features, and a cache holds logits alone; set "
-                    f"task.cache=null, so that the teacher runs, or task.losses.{features[0]}=null"
-                ]
-            wrong = list(cached_conflicts(recipe))
-            if wrong:
-                return wrong
-        across = [name for name, kind in kinds.items() if kind.looks_across_samples]
-        if across and recipe.engine.accumulation > 1:
-            return [
-                f"engine.accumulation: {across[0]} compares the samples of a micro-batch, which would be "
-                f"{recipe.engine.accumulation} times fewer than the batch; set engine.accumulation=1, or "
-                f"task.losses.{across[0]}=null"
-            ]
-        return []
+        return list(_conflicts(recipe))
+
+    @classmethod
+    def smoothing(cls, recipe: Any) -> float:
+        return super().smoothing(recipe) if largest(recipe.task.labels) > 0 else 0.0
 
     @classmethod
     def knobs(cls, config: Any) -> dict[str, Any]:
@@ -142,15 +123,45 @@ class Distill(Classify):
         return self.apart.teacher.to(images.device)(images, self.backbone, self.stages)
 
 
+def _conflicts(recipe: Any) -> Iterator[str]:
+    blocks = recipe.task.blocks()
+    if not blocks and largest(recipe.task.labels) == 0:
+        yield "task.losses: there is nothing to learn from; give a loss, such as task.losses.soft_targets.weight=1"
+    kinds = {name: DISTILLATIONS.get(name) for name in blocks}
+    if recipe.task.cache is not None:
+        for name, kind in kinds.items():
+            made = kind(blocks[name], NARROW, NARROW)
+            if made.features or made.stages:
+                yield (
+                    f"task.losses.{name}: it compares features, and a cache holds logits alone; set task.cache=null, "
+                    f"so that the teacher runs, or task.losses.{name}=null; a cache teaches soft_targets, decoupled, "
+                    "dist and hard_labels"
+                )
+        yield from cached_conflicts(recipe)
+    for name, kind in kinds.items():
+        if kind.looks_across_samples and recipe.engine.accumulation > 1:
+            yield (
+                f"engine.accumulation: {name} compares the samples of a micro-batch, which would be "
+                f"{recipe.engine.accumulation} times fewer than the batch; set engine.accumulation=1, or "
+                f"task.losses.{name}=null"
+            )
+
+
 def widths(backbone: Backbone, classes: int) -> Widths:
     """The widths of a student's answers."""
     state = {name: value.to("meta") for name, value in [*backbone.named_parameters(), *backbone.named_buffers()]}
     images = torch.empty(1, backbone.config.channels, *backbone.size, device="meta")
 
     def maps(stages: int) -> tuple[Tensor, ...]:
-        return torch.func.functional_call(backbone, state, (images, stages)).stages
+        with torch.no_grad():
+            return torch.func.functional_call(backbone, state, (images, stages)).stages
 
-    return Widths(classes, backbone.dim, all_stages(backbone.model, maps))
+    was_training = backbone.training
+    backbone.eval()  # in train mode batch norm asks other ranks, and has no statistics of a single value
+    try:
+        return Widths(classes, backbone.dim, all_stages(backbone.model, maps))
+    finally:
+        backbone.train(was_training)
 
 
 def _wide(answer: Answer) -> Answer:

@@ -12,16 +12,24 @@ from typing import Any
 
 import yaml
 
+from penstock.adopt import TIMM, adopt
 from penstock.backbones.weights import CONFIG_FILE
 from penstock.class_names import check_classes
 from penstock.errors import InputError
 from penstock.export import read_about
 
-TIMM = "timm:"  # before the name of a model with timm's own weights and classifier
 TEACHER, ALONE, DISTILLED, UNKNOWN = "teacher", "alone", "distilled", "unknown"  # how a network was trained
 ROLES = {"classify": ALONE, "distill": DISTILLED}  # by the recipe's task
 INSIDE = ("export", "best")  # folders of a run that are exports
-BUDGET = ("duration", "batch", "data.train", "data.labels", "data.repeats", "augment.size")  # keys of a recipe
+BUDGET = (
+    "duration",
+    "batch",
+    "data.train",
+    "data.labels",
+    "data.repeats",
+    "data.pool",
+    "augment.size",
+)  # keys of a recipe
 
 
 @dataclass(frozen=True)
@@ -160,8 +168,6 @@ class Group:
 @cache
 def _adopted(name: str) -> Path:
     """timm's model as an export, in a folder that goes with this process."""
-    from penstock.adopt import adopt
-
     keeper = tempfile.TemporaryDirectory(prefix="penstock-")
     atexit.register(keeper.cleanup)
     return adopt(name, Path(keeper.name) / "adopted")

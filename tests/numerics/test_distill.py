@@ -15,6 +15,7 @@ from finetune.run import Finetuning
 from finetune.tasks import Pieces
 from finetune.tasks.classify import Classify
 from finetune.tasks.distill import Distill
+from finetune.teachers import load_teacher
 from finetune.transfer.full import Full
 from penstock.backbones import Backbone
 from penstock.backbones.batchnorm import BatchNorms
@@ -326,3 +327,53 @@ def test_two_ranks_learn_what_one_process_does(tmp_path, ranks, student):
             one[name], value, rtol=1e-4, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}"
         )
         assert torch.equal(one[name], two[name]), name
+
+
+# Features -------------------------------------------------------------------------------------------------------
+
+
+def taught_by_features(rank: int, world: int, folder: str, precision: str) -> tuple[bool, float, list[int]]:
+    """A step of losses that look inside both networks, with batch norm over the ranks."""
+    backbone, head = model(1, CNN)
+    pieces = task_of(Distill, Path(folder), CNN).pieces
+    config = Distill.Config(
+        teacher=folder, losses={"attention": {"last": 2}, "features": {"on": "stages"}, "relational": {}}
+    )
+    task = Distill(config, Pieces(**{**vars(pieces), "backbone": backbone, "head": head}))
+    engine = Engine(task, Optim(Optim.Config(lr=1e-3)).build(task, 8), Engine.Config(precision=precision), 8 // world)
+    engine.set({"lr": 1e-3, "weight_decay": 0.0})
+    batch = batch_of(range(rank, 8, world))
+    engine.begin(batch.weights.sum())
+    knobs = Distill.knobs(config)
+    output = engine.forward(batch, {**dict.fromkeys(MIXES, 0.0), **knobs})
+    engine.backward(output)
+    widths = [project.out_features for project in task.losses["features"].projectors]
+    done = engine.step()
+    return done.applied, float(output.loss.detach()), widths
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_losses_look_inside_cnns_with_batch_norm_over_ranks(tmp_path, ranks, precision):
+    folder = str(teacher(tmp_path, **CNN, **OTHER))
+    for applied, loss, widths in ranks(2).run(taught_by_features, folder, precision):
+        assert applied and math.isfinite(loss) and widths == [model(1, CNN)[0].spatial_dim]
+
+
+def test_a_projector_works_in_the_precision_of_its_weights():
+    from finetune.distillation import Answer, Widths
+    from finetune.distillation.features import Features
+
+    loss = Features(Features.Config(), Widths(3, 4), Widths(3, 5)).bfloat16()
+    student, taught = (Answer(torch.randn(2, 3), torch.randn(2, width)) for width in (4, 5))
+    found = loss(student, taught, torch.zeros(2, 3), torch.ones(2), {})
+    assert found.dtype == torch.float32 and found.isfinite().all()
+
+
+def test_equal_weights_of_another_network_are_another_teacher(tmp_path):
+    plain = load_teacher(str(teacher(tmp_path / "a", **VIT)), CLASSES, 3, [16])
+    other = {**VIT, "options": {**VIT["options"], "act_layer": "quick_gelu"}}  # type: ignore[dict-item]
+    quick = load_teacher(str(teacher(tmp_path / "b", **other)), CLASSES, 3, [16])
+    again = load_teacher(str(teacher(tmp_path / "c", **VIT)), CLASSES, 3, [16])
+    ours, theirs = plain.network.state_dict(), quick.network.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert plain.digest() == again.digest() != quick.digest()

@@ -1,4 +1,4 @@
-"""What losses at a temperature share."""
+"""What losses check of their knobs, and probabilities at a temperature."""
 
 from typing import Any
 
