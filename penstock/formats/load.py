@@ -21,9 +21,8 @@ class Model:
 
     path: Path
     about: About
-    answers: Callable[
-        [Tensor], Tensor
-    ]  # uint8 images [B, C, H, W] to logits [B, K], or features [B, D], fp32, on the CPU
+    # uint8 images [B, C, H, W] to logits [B, K], or features [B, D], fp32, on the CPU
+    answers: Callable[[Tensor], Tensor]
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Calibrated, fp64 [B, K]."""

@@ -58,7 +58,11 @@ def _name_batch(graph: Any) -> None:
 
 
 def content_of(model: Any, about: About, onnx: Any) -> bytes:
-    """A model with what it says of itself, checked and serialised."""
+    """A model with what it says of itself, and nothing of whoever exports, checked and serialised."""
+    for noted in (model.graph, *model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output):
+        noted.ClearField("metadata_props")
+    for noted in (*model.graph.initializer, *model.functions, *(n for f in model.functions for n in f.node)):
+        noted.ClearField("metadata_props")
     onnx.helper.set_model_props(model, {KEY: about.text()})
     if model.ByteSize() >= LARGEST:
         raise InputError(

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 import zipfile
@@ -31,6 +32,7 @@ from tests.unit.test_export import made
 CNN = {"name": "resnet10t", "size": 32, "channels": 1, "mean": (0.3,), "options": {"output_stride": 16}}
 KINDS = ("vit", "cnn", "attentive", "backbone")
 IMAGES = 16
+PROGRAM = "models/model.json"
 
 # What somebody has who deploys: torch, or onnxruntime, and the files.
 ELSEWHERE = """
@@ -293,16 +295,29 @@ class Harm:
         return (open, (str(self.file), "w"))
 
 
+def parts_of(file: Path) -> tuple[dict[str, bytes], str]:
+    """What a `.pt2` file holds, and the folder in it."""
+    with zipfile.ZipFile(file) as old:
+        parts = {name: old.read(name) for name in old.namelist()}
+    return parts, next(name for name in parts if name.endswith(PROGRAM)).removesuffix(PROGRAM)
+
+
+def zipped(parts: dict[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as new:
+        for name, content in parts.items():
+            new.writestr(name, content)
+    return file.getvalue()
+
+
 @pytest.mark.parametrize("way", ["inputs", "weights", "target", "expression", "library"])
 def test_a_file_that_would_run_code_is_not_loaded(way, exports, tmp_path):
     """torch itself unpickles, evaluates, or calls what these say."""
-    mark, source = tmp_path / "mark", exports["attentive"].parent / "model.pt2"
+    mark = tmp_path / "mark"
     pickled = io.BytesIO()
     torch.save(Harm(mark), pickled)
-    with zipfile.ZipFile(source) as old:
-        parts = {name: old.read(name) for name in old.namelist()}
-    root = next(name for name in parts if name.endswith("models/model.json")).removesuffix("models/model.json")
-    program, weights = f"{root}models/model.json", f"{root}data/weights/model_weights_config.json"
+    parts, root = parts_of(exports["attentive"].parent / "model.pt2")
+    program, weights = f"{root}{PROGRAM}", f"{root}data/weights/model_weights_config.json"
     if way == "inputs":
         parts[f"{root}data/sample_inputs/model.pt"] = pickled.getvalue()
     elif way == "weights":
@@ -315,17 +330,124 @@ def test_a_file_that_would_run_code_is_not_loaded(way, exports, tmp_path):
         parts[program] = parts[program].replace(b"torch.ops.aten.softmax.int", b"torch.os.system", 1)
         assert b"torch.os.system" in parts[program]
     elif way == "expression":
-        text = parts[program].decode()
-        at = text.index('"expr_str": "') + len('"expr_str": "')
-        parts[program] = (text[:at] + f"open('{mark}', 'w')" + text[text.index('"', at) :]).encode()
+        parts[program] = with_expression(parts[program], f"open('{mark}', 'w')")
     else:
         parts[f"{root}data/aotinductor/model/evil.so"] = b""
-    with zipfile.ZipFile(tmp_path / "bad.pt2", "w") as new:
-        for name, content in parts.items():
-            new.writestr(name, content)
+    (tmp_path / "bad.pt2").write_bytes(zipped(parts))
     with pytest.raises(InputError, match=r"not (safe to load|loaded)"):
         open_model(tmp_path / "bad.pt2")
     assert not mark.exists()
+
+
+def with_expression(program: bytes, evil: str) -> bytes:
+    """A program whose first size is the value of a Python expression."""
+    text = program.decode()
+    at = text.index('"expr_str": "') + len('"expr_str": "')
+    return (text[:at] + evil + text[text.index('"', at) :]).encode()
+
+
+def operation(name: str, inputs: dict[str, Any], outputs: list[Any]) -> dict[str, Any]:
+    given = [{"name": key, "arg": value, "kind": 1} for key, value in inputs.items()]
+    target = f"torch.ops.aten.{name}.default"
+    return {"target": target, "inputs": given, "outputs": outputs, "metadata": {}, "is_hop_single_tensor_return": None}
+
+
+def guards(program: Any, mark: Path) -> None:
+    program["guards_code"] = [f"open('{mark}', 'w') is not None"]
+
+
+def save(program: Any, mark: Path) -> None:
+    graph = program["graph_module"]["graph"]
+    tensor = {"as_tensor": {"name": graph["outputs"][0]["as_tensor"]["name"]}}
+    graph["nodes"].append(operation("save", {"item": tensor, "filename": {"as_string": str(mark)}}, []))
+
+
+def from_file(program: Any, mark: Path) -> None:
+    graph = program["graph_module"]["graph"]
+    said = next(value for value in graph["tensor_values"].values() if value["dtype"] == 7)
+    graph["tensor_values"]["mapped"] = {**said, "sizes": [{"as_int": 8}], "strides": [{"as_int": 1}]}
+    given = {"filename": {"as_string": str(mark)}, "shared": {"as_bool": True}, "size": {"as_int": 8}}
+    graph["nodes"].append(operation("from_file", given, [{"as_tensor": {"name": "mapped"}}]))
+
+
+def enumeration(program: Any, mark: Path) -> None:
+    (mark.parent / "a_module_that_marks.py").write_text(f"open({str(mark)!r}, 'w')")
+    signature = program["graph_module"]["module_call_graph"][0]["signature"]
+    harm = {"__enum__": True, "fqn": "a_module_that_marks:X", "name": "a"}
+    protocol, spec = json.loads(signature["out_spec"])
+    spec["context"] = json.dumps([harm, *json.loads(spec["context"])[1:]])
+    signature["out_spec"] = json.dumps([protocol, spec])
+
+
+def argument(program: Any, mark: Path) -> None:
+    signature = program["graph_module"]["module_call_graph"][0]["signature"]
+    signature["forward_arg_names"] = [f"images, x=open('{mark}', 'w')"]
+
+
+def graph_input(program: Any, mark: Path) -> None:
+    bad = json.dumps(f"images=open('{mark}', 'w')")
+    text = json.dumps(program["graph_module"])
+    text = text.replace('"name": "images"', f'"name": {bad}').replace('"images": {', f"{bad}: {{")
+    program["graph_module"] = json.loads(text)
+
+
+@pytest.mark.parametrize("change", [guards, save, from_file, enumeration, argument, graph_input])
+def test_a_program_that_would_run_code_is_not_loaded(change, exports, tmp_path, monkeypatch):
+    """Guards and names become Python source, an enumeration is imported, an operation writes."""
+    monkeypatch.syspath_prepend(tmp_path)
+    mark, file = tmp_path / "mark", tmp_path / "bad.pt2"
+    parts, root = parts_of(exports["attentive"].parent / "model.pt2")
+    program = json.loads(parts[f"{root}{PROGRAM}"])
+    change(program, mark)
+    parts[f"{root}{PROGRAM}"] = json.dumps(program).encode()
+    file.write_bytes(zipped(parts))
+    with pytest.raises(InputError, match=r"is not loaded, for models/model\.json holds more than a network"):
+        open_model(file)
+    assert not mark.exists()
+
+
+def two_directories(seen_by_python: bytes, seen_by_torch: bytes) -> bytes:
+    """One file of two archives: Python takes offsets from the directory's end, torch from the file's start."""
+
+    def split(archive: bytes) -> tuple[bytes, bytearray, bytes]:
+        end = archive.rindex(b"PK\5\6")
+        size, start = struct.unpack("<II", archive[end + 12 : end + 20])
+        return archive[:start], bytearray(archive[start : start + size]), archive[end:]
+
+    (files, directory, _), (others, theirs, end) = split(seen_by_python), split(seen_by_torch)
+    assert len(directory) == len(theirs) and len(others) > len(files)
+    at = 0
+    while at < len(directory):
+        lengths = sum(struct.unpack("<HHH", directory[at + 28 : at + 34]))
+        (offset,) = struct.unpack("<I", directory[at + 42 : at + 46])
+        directory[at + 42 : at + 46] = struct.pack("<I", offset + len(others) - len(files))
+        at += 46 + lengths
+    return others + theirs + files + directory + end
+
+
+def test_torch_reads_what_was_looked_at(exports, tmp_path):
+    """Python's zipfile and torch's reader find different parts in this file."""
+    mark = tmp_path / "mark"
+    parts, root = parts_of(exports["attentive"].parent / "model.pt2")
+    program = f"{root}{PROGRAM}"
+    evil = {**parts, program: with_expression(parts[program], f"open('{mark}', 'w')") + b" " * 4096}
+    both = two_directories(zipped(parts), zipped(evil))
+    with zipfile.ZipFile(io.BytesIO(both)) as seen:
+        assert seen.read(program) == parts[program]
+    assert torch._C.PyTorchFileReader(io.BytesIO(both)).get_record(PROGRAM) == evil[program]
+    (tmp_path / "both.pt2").write_bytes(both)
+    images = torch.from_numpy(np.load(exports["attentive"].parent / "images.npy"))
+    want = open_model(exports["attentive"].parent / "model.pt2").answers(images)
+    assert torch.equal(open_model(tmp_path / "both.pt2").answers(images), want)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_paths_of_the_machine_that_exported(kind, exports):
+    parts, _ = parts_of(exports[kind].parent / "model.pt2")
+    checkout = str(Path(export.__file__).parents[1]).encode()
+    for content in (*parts.values(), (exports[kind].parent / "model.onnx").read_bytes()):
+        assert b"site-packages" not in content and checkout not in content
 
 
 def test_without_the_libraries_there_is_one_message(exports, tmp_path, monkeypatch, capsys):
