@@ -1,10 +1,12 @@
 """Writes a teacher's answers for every view of a pool: shards in parallel by ranks, and on from where it was."""
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -21,12 +23,15 @@ from penstock.schedule import knobs_of
 from penstock.streams.batch import Batch
 from penstock.streams.claim import LOCK, claimed, full_disk_said
 from penstock.streams.images import Images
-from penstock.streams.index import collect
+from penstock.streams.index import Indexed, collect, load_records
 from penstock.streams.loader import Micro, open_loader
-from penstock.streams.manifest import MANIFEST, Manifest
+from penstock.streams.manifest import MANIFEST, Manifest, Shard
 from penstock.streams.sidecar import finished, is_there, remove, write_shard
 
 WAIT = 0.5  # seconds between looks at whether the other ranks are done
+TELL = 60.0  # seconds after which it is said who is awaited; then after twice as long, and so on
+FAILED = ".rank-{}.tmp-failed"  # beside the shards, of a rank that could not go on; a draft to who comes next
+log = logging.getLogger(__name__)
 
 
 class Pool:
@@ -104,6 +109,7 @@ def write_cache(pool: Pool, cache: Cache, batch: int, show: bool = True) -> Writ
 
     Raises:
         InputError: the folder holds something else or another cache, or is being written to.
+        RunFailed: another rank could not go on.
     """
     folder, shards, began = cache.folder, pool.manifest.shards, time.monotonic()
     first = distributed.is_main()
@@ -111,24 +117,26 @@ def write_cache(pool: Pool, cache: Cache, batch: int, show: bool = True) -> Writ
         if first:
             _agree(cache)
         distributed.broadcast(None)  # the others begin when the folder is ours
-        mine = range(distributed.rank(), len(shards), distributed.world())
-        todo = [shard for shard in mine if finished(folder, shard, pool.keys(shard)) is None]
-        for shard in todo:
-            remove(folder, shard)
-        fresh = sorted(shard for others in distributed.collect(todo) for shard in others)
-        if first and fresh:
-            (folder / MANIFEST).unlink(missing_ok=True)
-        _write(pool, cache, todo, batch, show and first)
+        with _failure_told(folder):
+            mine = range(distributed.rank(), len(shards), distributed.world())
+            old = {shard: finished(folder, shard, pool.keys(shard)) for shard in mine}
+            todo = [shard for shard, part in old.items() if part is None]
+            for shard in todo:
+                remove(folder, shard)
+            fresh = sorted(shard for others in distributed.collect(todo) for shard in others)
+            if first and fresh:
+                (folder / MANIFEST).unlink(missing_ok=True)
+            new = _write(pool, cache, todo, batch, show and first)
+        _wait(folder, len(shards))
+        parts = distributed.collect({shard: part.shard for shard, part in (old | new).items() if part})
         if not first:
             return None
-        while not all(is_there(folder, shard) for shard in range(len(shards))):
-            time.sleep(WAIT)  # not a collective: those time out while a rank has a large shard to write
-        manifest = _finish(pool, cache)
+        manifest = _finish(cache, {shard: part for others in parts for shard, part in others.items()})
     views = sum(shards[shard].samples for shard in fresh) * cache.identity.pool
     return Written(cache, manifest, views, len(shards) - len(fresh), time.monotonic() - began)
 
 
-def _write(pool: Pool, cache: Cache, todo: list[int], batch: int, show: bool) -> None:
+def _write(pool: Pool, cache: Cache, todo: list[int], batch: int, show: bool) -> dict[int, Indexed]:
     plan = Plan(pool.manifest, todo, cache.identity.pool, batch, pool.knobs)
     data, views = pool.recipe.data, sum(pool.manifest.shards[shard].samples for shard in todo) * plan.views
     batches = open_loader(
@@ -136,8 +144,45 @@ def _write(pool: Pool, cache: Cache, todo: list[int], batch: int, show: bool) ->
     )
     world = distributed.world()
     with progress(f"rank 0 of {world}, views" if world > 1 else "views", views, show=show) as meter:
-        for shard in todo:
-            write_shard(cache.folder, shard, _tables(islice(batches, plan.count[shard]), pool, cache, meter))
+        return {
+            shard: write_shard(cache.folder, shard, _tables(islice(batches, plan.count[shard]), pool, cache, meter))
+            for shard in todo
+        }
+
+
+@contextmanager
+def _failure_told(folder: Path) -> Iterator[None]:
+    """Where this rank cannot go on, a note for those that would wait for it."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            (folder / FAILED.format(distributed.rank())).touch()
+        raise
+
+
+def _wait(folder: Path, shards: int) -> None:
+    """Until all ranks have written theirs. No collective: those time out while a rank has a large shard to write."""
+    began, patience = time.monotonic(), TELL
+    for shard in range(shards):
+        while not is_there(folder, shard):
+            failed = [rank for rank in range(distributed.world()) if (folder / FAILED.format(rank)).exists()]
+            if failed:
+                raise RunFailed(
+                    f"rank {failed[0]} could not go on, its own message says why; finished shards are kept in "
+                    f"{folder}, the same command goes on"
+                )
+            if time.monotonic() - began > patience:
+                patience *= 2
+                _tell(folder, [each for each in range(shard, shards) if not is_there(folder, each)])
+            time.sleep(WAIT)
+
+
+def _tell(folder: Path, awaited: list[int]) -> None:
+    some = ", ".join(f"{shard} (rank {shard % distributed.world()})" for shard in awaited[:4])
+    more = f" and {len(awaited) - 4} more" if len(awaited) > 4 else ""
+    if distributed.is_main():
+        log.warning("%s: waiting for other ranks to write the shards %s%s", folder, some, more)
 
 
 def _agree(cache: Cache) -> None:
@@ -170,13 +215,12 @@ def _tables(batches: Iterator[Batch], pool: Pool, cache: Cache, meter: Meter) ->
         meter.advance(len(batch))
 
 
-def _finish(pool: Pool, cache: Cache) -> Manifest:
-    parts = []
-    for shard in range(len(pool.manifest.shards)):
-        part = finished(cache.folder, shard, pool.keys(shard))
-        if part is None:
-            raise InputError(f"{cache.folder}: shard {shard} was changed meanwhile; run the same command again")
-        parts.append(part)
+def _finish(cache: Cache, shards: dict[int, Shard]) -> Manifest:
+    """The manifest of shards that the ranks which wrote or found them have read through."""
+    parts = [
+        Indexed(shard, counts={}, ids=np.array(load_records(cache.folder / shard.index)["id"]), unreadable=[])
+        for _, shard in sorted(shards.items())
+    ]
     manifest = collect(cache.folder, parts, None, {"cache": cache.sum})
     manifest.save(cache.folder)
     return manifest

@@ -1,7 +1,8 @@
 """`python -m finetune.teacher RECIPE [key=value ...] --out FOLDER`: the teacher's answers, written down once.
 
 RECIPE is the student's: its teacher answers every view of a fixed pool (`data.pool`) of its training images, and the
-student then trains on those very views without running the teacher.
+student then trains on those very views without running the teacher. Several processes share the work when started as
+`python -m launch local --procs N finetune.teacher RECIPE --out FOLDER`, or by torchrun.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.answers import Cache, Identity, conflicts
+from finetune.answers import Cache, Identity, conflicts, precision_of
 from finetune.recipe import Finetune
 from penstock.errors import DONE, INPUT_WRONG, STOPPED, InputError, RunFailed
 from penstock.recipe import check, load
@@ -21,6 +22,7 @@ from penstock.stage import exit_code
 if TYPE_CHECKING:
     from finetune.cache_facts import Checked
     from finetune.cache_writer import Pool, Written
+    from penstock.streams.manifest import Shard
 
 BATCH = 128  # views that the teacher sees at once
 TOP = 50  # classes kept where there are more than ALL
@@ -73,7 +75,7 @@ def _start(args: argparse.Namespace) -> int:
     start_ranks()
     teacher = load_teacher(recipe.task.teacher, classes, recipe.data.channels, [round(recipe.augment.size)])
     identity = Identity.of(recipe, teacher, classes, data.train)
-    about = {"teacher": teacher.name, "precision": _precision(recipe), "batch": args.batch}
+    about = {"teacher": teacher.name, "precision": precision_of(recipe), "batch": args.batch}
     pool = Pool(recipe, data.train, teacher, identity, distributed.device())
     written = write_cache(pool, Cache(args.out, identity, top, about), args.batch)
     if written is None:
@@ -95,10 +97,6 @@ def _recipe(args: argparse.Namespace) -> Finetune:
     return recipe
 
 
-def _precision(recipe: Finetune) -> str:
-    return "bf16" if recipe.engine.precision == "bf16" else "fp32"
-
-
 def _report(args: argparse.Namespace, pool: "Pool", written: "Written") -> int:
     from finetune.cache_facts import check_again, facts
     from finetune.report import say
@@ -106,13 +104,14 @@ def _report(args: argparse.Namespace, pool: "Pool", written: "Written") -> int:
     cache, manifest = written.cache, written.manifest
     found = facts(pool, cache)
     views, size = manifest.samples * cache.identity.pool, sum(_bytes(manifest.root, shard) for shard in manifest.shards)
+    these = "these views" if found.images + found.unreadable >= manifest.samples else f"{found.images:,} images' views"
     rate = f"{written.views / written.seconds:,.0f} a second" if written.views else "all were there"
     rows = [
         ("images", f"{manifest.samples:,}" + (f", {found.unreadable:,} unreadable" if found.unreadable else "")),
         ("views", f"{views:,}, {cache.identity.pool} of each image; {rate}"),
         ("shards", f"{len(manifest.shards)}" + (f", {written.kept} finished before" if written.kept else "")),
         ("size", f"{size / 1e6:,.1f} MB, {size / max(manifest.samples, 1):,.0f} bytes per image"),
-        ("top-1 of the teacher", f"{found.top1:.2f} % of these views"),
+        ("top-1 of the teacher", f"{found.top1:.2f} % of {these}"),
         (f"mass of the top {cache.top}", f"{found.mass:.4f}"),
     ]
     checked = check_again(pool, cache, args.verify, args.batch) if args.verify > 0 else None
@@ -138,8 +137,8 @@ def _of_checked(checked: "Checked", cache: Cache) -> list[tuple[str, str]]:
     return rows
 
 
-def _bytes(root: Path, shard: "object") -> int:
-    return sum((root / getattr(shard, name)).stat().st_size for name in ("name", "index"))
+def _bytes(root: Path, shard: "Shard") -> int:
+    return shard.bytes + (root / shard.index).stat().st_size
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ class Batch:
     views: list[Tensor]  # per view: uint8 [B, C, H, W]; views may differ in H and W
     labels: Tensor  # int64 [B], -1 where there is none
     weights: Tensor  # float32 [B], 1 for a real sample, 0 for a slot that must not count
-    positions: Tensor  # int64 [B], place in the endless order; keys all randomness of the sample
+    positions: Tensor  # int64 [B], place in the endless order; keys what is random, but for views of a pool
     keys: list[str] = field(default_factory=list)  # the samples' names, for people
     step: int = 0  # optimizer step this micro-batch belongs to
     begin: int = 0  # position of the first sample that any rank has in this micro-batch

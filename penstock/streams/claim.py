@@ -9,7 +9,7 @@ from pathlib import Path
 
 from penstock.errors import InputError
 
-LOCK = ".pack-lock"
+LOCK = ".write-lock"
 
 
 @contextmanager
@@ -19,7 +19,7 @@ def claimed(dest: Path) -> Iterator[None]:
         dest.mkdir(parents=True, exist_ok=True)
         lock = (dest / LOCK).open("wb")
     except OSError as error:
-        raise InputError(f"{dest} cannot be written: {error.strerror}; give another DEST") from None
+        raise InputError(f"{dest} cannot be written: {error.strerror}; give another folder") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -27,9 +27,9 @@ def claimed(dest: Path) -> Iterator[None]:
         except (BlockingIOError, FileNotFoundError):
             alone = False
         except OSError:
-            alone = True  # a file system without locks, where a second pack goes unnoticed
+            alone = True  # a file system without locks, where a second command goes unnoticed
         if not alone:
-            raise InputError(f"another process is writing into {dest}; wait for it, or give another DEST")
+            raise InputError(f"another process is writing into {dest}; wait for it, or give another folder")
         for draft in dest.glob(".*.tmp-*"):
             draft.unlink(missing_ok=True)
         try:

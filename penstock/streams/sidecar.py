@@ -74,11 +74,16 @@ class PackedSidecar:
         self.blank, self.views, self.kind = blank, views, kind
         self._reader = ShardReader(manifest)
         empty = npy_bytes(np.zeros(views, kind))
-        self._head = empty[: len(empty) - views * kind.itemsize]
+        self._head, self._bytes = empty[: len(empty) - views * kind.itemsize], len(empty)
 
     def read(self, shard: int, sample: int, key: str, number: int) -> Mapping[str, np.ndarray]:
         rows = self.rows(shard, sample, key)
         return {name: rows[name][number] for name in self.kind.names or ()}
+
+    def missing(self) -> int:
+        """Samples without a table, as the index has it."""
+        shards = range(len(self._reader.manifest.shards))
+        return sum(int((self._reader.column(shard, "size") != self._bytes).sum()) for shard in shards)
 
     def rows(self, shard: int, sample: int, key: str) -> np.ndarray:
         """A sample's table, [views] of `kind`. Raises Fault."""
@@ -90,7 +95,7 @@ class PackedSidecar:
             data = self._reader.payload(shard, record)
         except Fault as fault:
             raise Fault(f"{where}: {fault}") from fault
-        if not data.startswith(self._head) or len(data) != len(self._head) + self.views * self.kind.itemsize:
+        if not data.startswith(self._head) or len(data) != self._bytes:
             raise Fault(f"{where}: there are none, as its image could not be read when they were made")
         return np.frombuffer(data, self.kind, offset=len(self._head))
 
@@ -100,7 +105,7 @@ def shard_name(number: int) -> str:
     return f"answers-{number:06d}.tar"
 
 
-def write_shard(folder: Path, number: int, tables: Iterable[tuple[str, np.ndarray]]) -> None:
+def write_shard(folder: Path, number: int, tables: Iterable[tuple[str, np.ndarray]]) -> Indexed:
     """Write the answers for a shard: (key, table) for each of its samples, in its order; complete, or not there.
 
     A table without rows stands for an image that cannot be read.
@@ -115,11 +120,12 @@ def write_shard(folder: Path, number: int, tables: Iterable[tuple[str, np.ndarra
             for key, table in tables:
                 writer.write({"__key__": key, MEMBER: npy_bytes(table)})
             writer.close()
-        index_tar(draft, tar.name, folder / index_name(tar.name), read=_records)
+        found = index_tar(draft, tar.name, folder / index_name(tar.name), read=_records)
         draft.replace(tar)
     finally:
         draft.unlink(missing_ok=True)
     sync_folder(folder)
+    return found
 
 
 def is_there(folder: Path, number: int) -> bool:

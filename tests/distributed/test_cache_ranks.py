@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from finetune.answers import Cache, restore
+from penstock.errors import RunFailed
 from tests import cached
 from tests.cached import CLASSES, SIZES, VIEWS
 from tests.trees import fingerprints
@@ -49,6 +50,25 @@ def test_two_ranks_write_what_one_writes_and_read_what_one_reads(ranks, tmp_path
     third = ranks(2).run(served, folder, tmp_path / "two", 60, 3)
     assert {**first[0], **first[1], **second, **third[0], **third[1]} == whole
     assert max(apart for *_, apart in whole.values()) < 1e-4
+
+
+def fail(rank: int, world: int, folder: Path, out: Path) -> str:
+    teaches = cached.teacher()
+    if rank == 1:
+        teaches.network.weight[0, 0] = float("nan")
+    with pytest.raises(RunFailed) as error:
+        cached.write(out, cached.recipe(folder), teaches=teaches)
+    return str(error.value)
+
+
+@pytest.mark.ranks
+def test_nobody_waits_for_a_rank_that_failed(ranks, tmp_path):
+    folder = cached.make_set(tmp_path / "set")
+    said = ranks(2).run(fail, folder, tmp_path / "out")
+    assert "rank 1 could not go on" in said[0]
+    assert "not numbers" in said[1]
+    done = ranks(2).run(write, folder, tmp_path / "out")[0]
+    assert done[1] == 2  # those of rank 0
 
 
 @pytest.mark.ranks
