@@ -46,7 +46,7 @@ def add_command(ways: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument("recipe", metavar="RECIPE")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each variant, with seeds from the recipe's on")
-    parser.add_argument("--losses", metavar="A,B", help="a variant for each of these losses by itself, at its defaults")
+    parser.add_argument("--losses", metavar="A,B", help="a variant for each of these losses by itself")
     parser.add_argument("--online", action="store_true", help="where the recipe has a cache, a variant without it, too")
     parser.add_argument(
         "--beside", action="append", default=[], metavar="NAME=RUN", help="another network for the table and picture"
@@ -77,13 +77,14 @@ def distill(args: argparse.Namespace, overrides: list[str], launcher: Launcher) 
     folder = Path(base["out"]) / f"{base['name']}-distillation"
     series = Series(plan, folder, recipes)
     if args.report:
+        series.refuse_changed()
         return report(series, recipes[DISTILLED], args.beside)
 
     def show(tracker: Any) -> int:
         return report(series, recipes[DISTILLED], args.beside, tracker)
 
     params = {"recipe": recipes[DISTILLED], "distill": {"seeds": plan.seeds, "variants": plan.variants}}
-    return follow(series, "distill", params, launcher, show)
+    return follow(series, "distill", params, launcher, show, show_stopped=False)
 
 
 def planned(args: argparse.Namespace, overrides: list[str]) -> tuple[Students, dict[str, Any]]:
@@ -95,8 +96,9 @@ def planned(args: argparse.Namespace, overrides: list[str]) -> tuple[Students, d
         raise InputError(f"{args.recipe} distills nothing; give it task=distill and task.teacher=RUN")
     variants: dict[str, dict[str, str]] = {DISTILLED: {}, ALONE: {"task": "classify"}}
     for name in filter(None, (args.losses or "").split(",")):
-        off = {f"{LOSSES}.{other}": "null" for other in base["task"]["losses"] if other != name}
-        variants[name] = {**off, f"{LOSSES}.{name}": "{}"}
+        losses = base["task"]["losses"]
+        off = {f"{LOSSES}.{other}": "null" for other in losses if other != name}
+        variants[name] = off if losses.get(name) else {**off, f"{LOSSES}.{name}": "{}"}  # else at its defaults
     if args.online:
         if not base["task"].get("cache"):
             raise InputError(f"--online: {args.recipe} has no cached teacher, so it is online as it is")
@@ -122,7 +124,9 @@ def report(series: Series, recipe: dict[str, Any], beside: Sequence[str], tracke
     if not done:
         say("no run has finished yet")
         return 0
-    command = command_of(recipe, series.folder, done, beside)
+    command = command_of(recipe, done, beside)
+    if tracker is not None:
+        command += ["--out", str(series.folder)]
     code = subprocess.run(command).returncode
     if code:
         say(f"{' '.join(command[1:])} ended with {code}")
@@ -131,10 +135,10 @@ def report(series: Series, recipe: dict[str, Any], beside: Sequence[str], tracke
     return code
 
 
-def command_of(recipe: dict[str, Any], folder: Path, done: dict[str, list[Path]], beside: Sequence[str]) -> list[str]:
+def command_of(recipe: dict[str, Any], done: dict[str, list[Path]], beside: Sequence[str]) -> list[str]:
     students = [f"{name}={','.join(map(str, runs))}" for name, runs in done.items()]
     command = [sys.executable, "-m", "penstock.cli", "students", recipe["task"]["teacher"], *students, *beside]
-    options = ["--rounds", str(LATENCY_ROUNDS), "--out", str(folder), "--no-track"]  # the parent run tracks it
+    options = ["--rounds", str(LATENCY_ROUNDS), "--no-track"]  # the parent run tracks it
     return [*command, "--data", str(recipe["data"]["val"]), *options]
 
 
@@ -142,12 +146,15 @@ def keep(folder: Path, tracker: Any) -> None:
     """Figures as metrics of the parent run, table and picture as its artifacts."""
     for file in (REPORT, "report.md", "students.png"):
         tracker.artifact(folder / file)
+    step = len(tracker.journal.attempts)  # one more each time that the command goes on
     made = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     for row in (made["teacher"], *made["students"]):
         costs = {name: row["cost"][name] for name in ("parameters", "macs", "bytes")}
         costs |= {f"latency_ms_{batch}": each["median"] for batch, each in row["cost"]["latency_ms"].items()}
-        tracker.log(0, {f"{row['name']}/{name}": float(value) for name, value in {**row["figures"], **costs}.items()})
+        tracker.log(
+            step, {f"{row['name']}/{name}": float(value) for name, value in {**row["figures"], **costs}.items()}
+        )
     for gain in made["gains"]:
         for metric, effect in gain["effects"].items():
             limits = ("value", "low", "high")
-            tracker.log(0, {f"gain/{gain['distilled']}/{metric}_{limit}": float(effect[limit]) for limit in limits})
+            tracker.log(step, {f"gain/{gain['distilled']}/{metric}_{limit}": float(effect[limit]) for limit in limits})

@@ -68,7 +68,7 @@ class Series:
     plan: Plan
     folder: Path
     recipes: Mapping[str, dict[str, Any]]  # resolved, by variant
-    tracking: Sequence[str] = ()  # overrides by which the runs are shown under the ablation's own
+    tracking: Sequence[str] = ()  # overrides by which the runs are shown under the series' own
 
     def expected(self, trial: Trial) -> dict[str, Any]:
         return {**self.recipes[trial.variant], "name": trial.name, "seed": trial.seed}
@@ -117,14 +117,20 @@ class Series:
 
 
 def follow(
-    series: Series, stage: str, params: Mapping[str, Any], launcher: Launcher, show: Callable[[Any], object]
+    series: Series,
+    stage: str,
+    params: Mapping[str, Any],
+    launcher: Launcher,
+    show: Callable[[Any], int],
+    show_stopped: bool = True,
 ) -> int:
     """Run a series under a tracked run of its own, stoppable, and show what came out.
 
     Args:
         stage: of the parent run.
         params: of the parent run.
-        show: is given the parent's tracker, and keeps the report there.
+        show: is given the parent's tracker, keeps the report there, and gives an exit code.
+        show_stopped: whether it is called in a series that was stopped, too; it should then be quick.
 
     Returns:
         The exit code: 0 done, 1 some runs failed, 75 stopped and resumable.
@@ -145,17 +151,17 @@ def follow(
     series.tracking = [f"tracking.parent={tracker.id}", *store(config, series.folder)]
     try:
         code, failed = series.run(launcher, lambda: bool(stopping), say)
-        show(tracker)
+        shown = show(tracker) if show_stopped or code != STOPPED else DONE
     except BaseException:
         tracker.close("FAILED")
         raise
-    tracker.close("KILLED" if code == STOPPED else "FAILED" if failed else "FINISHED")
+    tracker.close("KILLED" if code == STOPPED else "FAILED" if failed or shown else "FINISHED")
     for line in failed:
         say(f"failed: {line}")
     if code == STOPPED:
         say("stopped; the same command goes on from here")
         return STOPPED
-    return SOME_FAILED if failed else DONE
+    return SOME_FAILED if failed else shown
 
 
 def store(config: Any, folder: Path) -> list[str]:

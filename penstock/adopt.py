@@ -27,10 +27,9 @@ def open_timm(name: str) -> tuple[Any, list[str] | None]:
     from penstock.backbones import names
 
     model_name = name.removeprefix(TIMM)
-    options: dict[str, Any] = (
-        {"dynamic_img_size": True} if ":" not in model_name and names.takes_any_size(model_name) else {}
-    )
     try:
+        any_size = ":" not in model_name and names.takes_any_size(model_name)
+        options: dict[str, Any] = {"dynamic_img_size": True} if any_size else {}
         with torch.random.fork_rng(devices=[]):  # what a run draws must not depend on who teaches it
             model: Any = timm.create_model(model_name, pretrained=True, **options)
     except (RuntimeError, ValueError, OSError) as error:

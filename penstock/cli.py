@@ -47,7 +47,7 @@ def _run(argv: Sequence[str] | None) -> int:
         print(f"penstock: {error}", file=sys.stderr)
         return INPUT_WRONG
     except KeyboardInterrupt:
-        print("penstock: stopped; what is finished is kept, the same command goes on from there", file=sys.stderr)
+        print("penstock: stopped; finished shards are kept, and the same command goes on from them", file=sys.stderr)
         return STOPPED
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from penstock.arguments import count
 from penstock.errors import DONE
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     add("recipe", metavar="RECIPE", help="a YAML file, such as those in configs/")
     add("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's")
     add("--out", metavar="PNG", type=Path, default=Path("augment.png"), help="where the sheet is written (augment.png)")
-    add("--samples", metavar="N", type=_count, default=8, help="rows (8)")
-    add("--views", metavar="N", type=_count, default=6, help="times each sample is shown (6)")
+    add("--samples", metavar="N", type=count, default=8, help="rows (8)")
+    add("--views", metavar="N", type=count, default=6, help="times each sample is shown (6)")
     add("--epoch", metavar="N", type=int, default=0, help="the epoch to begin at, counted from 0")
     show.set_defaults(run=_show)
 
@@ -39,12 +40,6 @@ class _OverridesAnywhere(argparse.ArgumentParser):
         late = [word for word in rest if "=" in word and not word.startswith("-")]
         found.overrides = [*found.overrides, *late]
         return found, [word for word in rest if word not in late]
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return int(text)
 
 
 def _show(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from penstock.arguments import count
 from penstock.errors import DONE, InputError
 
 if TYPE_CHECKING:
@@ -30,12 +31,12 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
         type=Path,
         help="folder that holds packed sets `train` and `val`; for a classifier `val` alone, or a set itself",
     )
-    add("--limit", metavar="N", type=_count, help="at most N images of each set, a fixed subset")
-    add("--batch", metavar="N", type=_count, default=256, help="images per forward (256)")
+    add("--limit", metavar="N", type=count, help="at most N images of each set, a fixed subset")
+    add("--batch", metavar="N", type=count, default=256, help="images per forward (256)")
     add("--workers", metavar="N", type=int, default=2, help="decoding processes (2)")
     add("--format", choices=("table", "json"), default="table")
     add = parser.add_argument_group("a classifier").add_argument
-    add("--size", metavar="PIXELS", type=_count, help="side of the images (the export's test size)")
+    add("--size", metavar="PIXELS", type=count, help="side of the images (the export's test size)")
     add("--crop-pct", metavar="SHARE", type=float, help="share of the short side that is seen (as the export says)")
     add("--precision", choices=("fp32", "bf16"), help="bf16: under autocast (fp32)")
     add("--predictions", metavar="FILE.npz", type=Path, help="keep positions, labels and logits")
@@ -46,12 +47,6 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     add("--set", metavar="KEY=VALUE", action="append", default=[], help="an option, as knn.k=10; may be repeated")
     add("--untrained", action="store_true", help="random weights in the same architecture: the baseline")
     parser.set_defaults(run=_evaluate)
-
-
-def _count(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not above 0")
-    return number
 
 
 def _evaluate(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from penstock.arguments import count
 from penstock.errors import DONE, InputError
 
 if TYPE_CHECKING:
@@ -29,10 +30,10 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
         metavar="NAME,NAME",
         help="names of the students in order, the teacher's first if there is one more",
     )
-    add("--rounds", metavar="N", type=_count, help="rounds of the latency, in which the networks take turns (15)")
-    add("--threads", metavar="N", type=_count, help="threads of the processor (torch's own number)")
-    add("--limit", metavar="N", type=_count, help="at most N images, a fixed subset")
-    add("--batch", metavar="N", type=_count, default=256, help="images per forward while answers are measured (256)")
+    add("--rounds", metavar="N", type=count, help="rounds of the latency, in which the networks take turns (15)")
+    add("--threads", metavar="N", type=count, help="threads of the processor (torch's own number)")
+    add("--limit", metavar="N", type=count, help="at most N images, a fixed subset")
+    add("--batch", metavar="N", type=count, default=256, help="images per forward while answers are measured (256)")
     add("--workers", metavar="N", type=int, default=2, help="decoding processes (2)")
     add("--out", metavar="FOLDER", type=Path, help=f"keep {JSON}, {TABLE} and {PICTURE} there")
     add("--format", choices=("table", "json"), default="table")
@@ -42,12 +43,6 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
         help="make an MLflow run of it (with --out, where the students' runs went to one store)",
     )
     parser.set_defaults(run=_run)
-
-
-def _count(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not above 0")
-    return number
 
 
 def _run(args: argparse.Namespace) -> int:

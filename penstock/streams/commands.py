@@ -4,6 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
+from penstock.arguments import count
 from penstock.errors import DONE, INPUT_WRONG
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -40,7 +41,7 @@ VERIFY = "Compares every byte with its checksum and decodes every image; exits 2
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", metavar="N", type=_count, help="processes (default: the cores this job may use)")
+    parser.add_argument("--workers", metavar="N", type=count, help="processes (default: the cores this job may use)")
 
 
 def _add_pack(parser: argparse.ArgumentParser) -> None:
@@ -49,13 +50,13 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
     add("dest", metavar="DEST", type=Path)
     add("--split", help="the split to pack, where a source has several (train, test, ...)")
     add("--shard-size", metavar="BYTES", type=_bytes, default=256 << 20, help="at most this much a shard (256M)")
-    add("--samples-per-shard", metavar="N", type=_count, default=10_000, help="at most as many a shard (10000)")
+    add("--samples-per-shard", metavar="N", type=count, default=10_000, help="at most as many a shard (10000)")
     add("--shuffle-seed", metavar="S", type=int, default=0, help="the fixed shuffle, so shards hold all classes (0)")
     add("--no-shuffle", action="store_true", help="keep the order of the source")
-    add("--limit", metavar="N", type=_count, help="pack N images only; with the shuffle, N spread over all")
+    add("--limit", metavar="N", type=count, help="pack N images only; with the shuffle, N spread over all")
     add("--no-labels", action="store_true", help="pack images alone; folders are not classes")
     add("--skip-bad", metavar="N", type=int, default=0, help="leave out up to N images that do not open, and list them")
-    add("--size", metavar="PIXELS", type=_count, default=16, help="digits: side of the images (16; bilinear from 8)")
+    add("--size", metavar="PIXELS", type=count, default=16, help="digits: side of the images (16; bilinear from 8)")
     add("--root", metavar="FOLDER", type=Path, default=Path("data"), help="torchvision: where its datasets lie (data)")
     add("--download", action="store_true", help="torchvision: download the dataset to --root")
     add("--image-column", metavar="NAME", help="parquet: the column with images, where it cannot be told")
@@ -144,12 +145,6 @@ def _show(args: argparse.Namespace) -> int:
         draw_sheet(manifest, args.sheet, args.images)
         print(f"sheet: {args.sheet}")
     return DONE
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return int(text)
 
 
 def _bytes(text: str) -> int:

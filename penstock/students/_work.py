@@ -163,6 +163,10 @@ def _pairs(groups: Sequence[Group]) -> tuple[list[tuple[Group, Group]], list[str
         budget = group.first.budget
         other = next((each for each in alone if each.first.budget == budget), alone[0])
         pairs.append((group, other))
+        if not {each.seed for each in group.networks} & {each.seed for each in other.networks} - {None}:
+            warnings.append(
+                f"{group.name} and {other.name} have no seed in common; their runs are paired in their order"
+            )
         theirs = other.first.budget
         differ = [f"{key} {budget[key]} and {theirs[key]}" for key in budget if theirs and budget[key] != theirs[key]]
         if differ:

@@ -16,7 +16,12 @@ BASE = {
     "out": "runs",
     "seed": 3,
     "data": {"val": "data/val"},
-    "task": {"name": "distill", "teacher": "runs/t", "cache": "answers", "losses": {"soft_targets": {}, "dist": None}},
+    "task": {
+        "name": "distill",
+        "teacher": "runs/t",
+        "cache": "answers",
+        "losses": {"soft_targets": {"temperature": 2.0}, "dist": None},
+    },
 }
 
 
@@ -40,7 +45,7 @@ def test_each_loss_by_itself(monkeypatch):
         "task.losses.dist=null",
         "task.losses.decoupled={}",
     ]
-    assert plan.overrides_of("soft_targets") == ["task.losses.dist=null", "task.losses.soft_targets={}"]
+    assert plan.overrides_of("soft_targets") == ["task.losses.soft_targets.temperature=4", "task.losses.dist=null"]
 
 
 def test_online_beside_a_cache(monkeypatch):
@@ -71,7 +76,7 @@ def test_the_report_is_of_the_runs_that_have_finished(monkeypatch, tmp_path, cap
         "alone=f/alone-seed3",
         "old=runs/old",
     ]
-    assert words[words.index("--data") + 1] == "data/val"
+    assert words[words.index("--data") + 1] == "data/val" and "--out" not in words
     done.clear()
     assert distill.report(Series(plan, Path("f"), {}), BASE, []) == 0 and len(called) == 1
     assert "no run has finished yet" in capsys.readouterr().out
@@ -87,11 +92,13 @@ def test_figures_and_files_go_to_the_parent_run(tmp_path):
     gain = {"distilled": "d", "alone": "alone", "effects": {"top1": {"value": 2, "low": 1, "high": 3, "seeds": 3}}}
     made = {"teacher": {**row, "name": "t"}, "students": [row], "gains": [gain]}
     (tmp_path / "report.json").write_text(json.dumps(made))
-    kept: dict[str, float] = {}
+    kept: dict[str, tuple[int, float]] = {}
     files: list[str] = []
     tracker = Namespace(
-        log=lambda step, metrics: kept.update(metrics), artifact=lambda path: files.append(Path(path).name)
+        log=lambda step, metrics: kept.update({name: (step, value) for name, value in metrics.items()}),
+        journal=Namespace(attempts=[1, 2]),
+        artifact=lambda path: files.append(Path(path).name),
     )
     distill.keep(tmp_path, tracker)
     assert files == ["report.json", "report.md", "students.png"]
-    assert kept["alone/top1"] == 71 and kept["t/latency_ms_1"] == 2 and kept["gain/d/top1_low"] == 1
+    assert kept["alone/top1"] == (2, 71) and kept["t/latency_ms_1"] == (2, 2) and kept["gain/d/top1_low"] == (2, 1)
