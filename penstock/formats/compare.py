@@ -13,6 +13,7 @@ from penstock.errors import InputError
 TOLERANCE = 1e-4  # of max(1, |logit|), for forms that compute in fp32
 EXPORTED = "exported"  # the network in the export folder
 Answers = Callable[[Tensor], Tensor]  # uint8 images [B, C, H, W] to logits [B, K], or features
+Outputs = Callable[[Tensor], dict[str, Tensor]]  # to all outputs of a form, by name
 
 
 @dataclass
@@ -64,14 +65,19 @@ def compare(
     return found
 
 
-def check(name: str, answers: Answers, reference: Answers, images: Tensor) -> None:
-    """InputError where a form does not compute what the network does."""
-    apart = max(difference(answers(part), reference(part)) for part in (images, images[:1]))
-    if not apart <= TOLERANCE:
-        raise InputError(
-            f"{name} gives answers that are {apart:.1e} from the network's, more than {TOLERANCE:g}; it is not "
-            "written. The network does something that this form does not know; leave the form out with --to"
-        )
+def check(name: str, outputs: Outputs, reference: Outputs, images: Tensor) -> None:
+    """InputError where a form does not compute what the network does, or that is not finite."""
+    for part in (images, images[:1]):
+        got, want = outputs(part), reference(part)
+        if not all(value.isfinite().all() for value in want.values()):
+            raise InputError(f"the network's own answers are not finite: it has diverged; {name} is not written")
+        for kind, value in want.items():
+            apart = difference(got[kind], value)
+            if not apart <= TOLERANCE:
+                raise InputError(
+                    f"{name} gives {kind} that are {apart:.1e} from the network's, more than {TOLERANCE:g}; it is not "
+                    "written. The network does something that this form does not know; leave the form out with --to"
+                )
 
 
 def latencies(forms: Mapping[str, Answers], images: Tensor, seconds: float = 2.0) -> dict[str, float]:

@@ -58,7 +58,23 @@ def _sensitive(graph: Any) -> list[str]:
     weights = {tensor.name for tensor in graph.initializer}
     weighted = [node for node in graph.node if node.op_type in OPERATIONS and weights.intersection(node.input)]
     products = [node for node in graph.node if node.op_type == "MatMul" and not weights.intersection(node.input)]
-    return [node.name for node in (*weighted[:1], *weighted[-1:], *products)]
+    last = _last(graph, weighted) if graph.output[0].name == "logits" else weighted[-1:]
+    return [node.name for node in (*weighted[:1], *last, *products)]
+
+
+def _last(graph: Any, weighted: Sequence[Any]) -> list[Any]:
+    """The operations with weights that logits come from: one, or both classifiers of a distilled head."""
+    made_by = {name: node for node in graph.node for name in node.output}
+    names, found = [graph.output[0].name], []
+    while names:
+        node = made_by.get(names.pop())
+        if node is None:
+            continue
+        if node in weighted:
+            found.append(node)
+        else:
+            names.extend(node.input)
+    return found
 
 
 def _reader(images: Sequence[Tensor]) -> Any:

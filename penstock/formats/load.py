@@ -1,7 +1,8 @@
 """A network from a file or folder of any form, as one function."""
 
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,14 +31,19 @@ class Model:
 
 
 def open_model(path: Path, device: torch.device | None = None) -> Model:
-    """Open a run, an export folder, a `.pt2` or a `.onnx` file.
+    """Open a run, an export folder, a `.pt2` or a `.onnx` file, or timm's pretrained `timm:MODEL`.
 
     Args:
-        device: for a folder; files run on the CPU.
+        device: for a folder or timm's; files run on the CPU.
 
     Raises:
         InputError: there is none of these, or it is damaged.
     """
+    if str(path).startswith("timm:"):
+        from penstock.adopt import adopt
+
+        with tempfile.TemporaryDirectory() as folder:
+            return replace(open_model(adopt(str(path), Path(folder, "export")), device), path=path)
     if path.suffix in (".pt2", ".onnx"):
         try:
             content = path.read_bytes()
@@ -47,8 +53,8 @@ def open_model(path: Path, device: torch.device | None = None) -> Model:
             from penstock.formats import torch_export as form
         else:
             from penstock.formats import onnx as form  # type: ignore[no-redef]
-        answers, about = form.read(content, path)
-        return Model(path, about, answers)
+        outputs, about = form.read(content, path)
+        return Model(path, about, lambda images: next(iter(outputs(images).values())))
     from penstock.formats.network import export_folder, load_network
 
     network = load_network(export_folder(path)).to(device or torch.device("cpu"))

@@ -41,15 +41,25 @@ class Network(nn.Module):
         shape = (batch, self.about.preprocessing.channels, *self.about.preprocessing.size)
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
+    @property
+    def norms(self) -> int:
+        """The number of batch norms."""
+        return sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules())
+
     def fold(self) -> "Network":
         """Fold batch norm into the layers before it, in place, where that is exact.
 
         Raises:
-            InputError: there is none.
+            InputError: there is none, or none that can be folded.
         """
-        if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules()):
+        norms = self.norms
+        if norms == 0:
             raise InputError("--fold: the network has no batch norm to fold into convolutions; leave it out")
         folded = len(fold_batchnorm(self, self.example()))
+        if folded == 0:
+            raise InputError(
+                f"--fold: 0 of {norms} batch norms can be folded into the layers before them; leave it out"
+            )
         self.about = self.about.model_copy(update={"folded": folded})
         return self
 

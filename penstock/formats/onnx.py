@@ -4,7 +4,7 @@ import importlib.util
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from penstock.errors import InputError
 from penstock.formats.about import KEY, REMEDY, About
+from penstock.formats.compare import Outputs
 from penstock.formats.torch_export import Traced
 
 FILE = "model.onnx"
@@ -72,8 +73,8 @@ def content_of(model: Any, about: About, onnx: Any) -> bytes:
     return model.SerializeToString()
 
 
-def read(content: bytes, where: Path) -> tuple[Callable[[Tensor], Tensor], About]:
-    """A function from uint8 images to logits, or features, by onnxruntime on the CPU, and what the file says of itself.
+def read(content: bytes, where: Path) -> tuple[Outputs, About]:
+    """A function from uint8 images to all outputs by name, by onnxruntime on the CPU, and what the file says of itself.
 
     Raises:
         InputError: damaged, or not written by Penstock.
@@ -90,12 +91,13 @@ def read(content: bytes, where: Path) -> tuple[Callable[[Tensor], Tensor], About
         first = (str(error).strip().splitlines() or [""])[0][:200]
         raise InputError(f"{where} is damaged, or no ONNX file: {first}; {REMEDY}") from error
     about = About.read(session.get_modelmeta().custom_metadata_map.get(KEY), where)
-    first = session.get_outputs()[0].name
+    names = [output.name for output in session.get_outputs()]
 
-    def answers(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run([first], {"images": images.contiguous().numpy()})[0])
+    def outputs(images: Tensor) -> dict[str, Tensor]:
+        found = session.run(names, {"images": images.contiguous().numpy()})
+        return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
 
-    return answers, about
+    return outputs, about
 
 
 @contextmanager

@@ -4,8 +4,9 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,7 +86,10 @@ def predict(args: argparse.Namespace) -> None:
         listed = "".join(f"\n  {fault.name}: {fault.reason}" for fault in faults[:10])
         raise InputError(f"none of the {len(faults)} images can be read:{listed}")
     said = [(name, [(classes[label], label, share) for label, share in best]) for name, best in rows]
-    {"table": _table, "json": _json, "csv": _csv}[args.format](said, faults)
+    show: dict[str, Callable[[Said], None]] = {"table": _table, "json": partial(_json, faults=faults), "csv": _csv}
+    show[args.format](said)
+    for fault in faults:
+        print(f"penstock: cannot be read: {fault.name}: {fault.reason}", file=sys.stderr)
     if args.sheet is not None:
         _sheet(args.sheet, drawn, classes, len(rows))
 
@@ -121,7 +125,7 @@ def _answers(model: Model, images: Tensor, size: int | None) -> Tensor:
     return logits
 
 
-def _table(said: Said, faults: Sequence[Picture]) -> None:
+def _table(said: Said) -> None:
     from rich.bar import Bar
     from rich.console import Console
     from rich.table import Table
@@ -138,10 +142,7 @@ def _table(said: Said, faults: Sequence[Picture]) -> None:
             style = "" if place else "bold"
             table.add_row(Text("" if place else name), Text(label, style), f"{100 * share:.1f} %", bar)
         table.add_section()
-    console = Console(highlight=False)
-    console.print(table)
-    for fault in faults:
-        console.print(Text.assemble(("cannot be read:", "yellow"), f" {fault.name}: {fault.reason}"))
+    Console(highlight=False).print(table)
 
 
 def _json(said: Said, faults: Sequence[Picture]) -> None:
@@ -153,16 +154,14 @@ def _json(said: Said, faults: Sequence[Picture]) -> None:
     print(json.dumps({"images": found, "unreadable": unread}, indent=1, ensure_ascii=False))
 
 
-def _csv(said: Said, faults: Sequence[Picture]) -> None:
-    """A row for each image and class; what cannot be read is told on standard error."""
+def _csv(said: Said) -> None:
+    """A row for each image and class."""
     rows = csv.writer(sys.stdout, lineterminator="\n")
     rows.writerow(("image", "rank", "class", "label", "probability"))
     for name, best in said:
         rows.writerows(
             (name, place, label, number, f"{share:.6f}") for place, (label, number, share) in enumerate(best, 1)
         )
-    for fault in faults:
-        print(f"penstock: cannot be read: {fault.name}: {fault.reason}", file=sys.stderr)
 
 
 def _sheet(path: Any, drawn: Sequence[Prediction], classes: Sequence[str], total: int) -> None:

@@ -8,7 +8,6 @@ torch evaluates and unpickles parts of such a file; `checked` makes one of it th
 
 import io
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from penstock.errors import InputError
 from penstock.formats.about import REMEDY, About
 from penstock.formats.checked import EXTRA, checked, line
+from penstock.formats.compare import Outputs
 from penstock.formats.network import Network
 
 FILE = "model.pt2"
@@ -49,8 +49,8 @@ def write(traced: Traced) -> bytes:
     return file.getvalue()
 
 
-def read(content: bytes, where: Path) -> tuple[Callable[[Tensor], Tensor], About]:
-    """A function from uint8 images to logits, or features, and what the file says of itself.
+def read(content: bytes, where: Path) -> tuple[Outputs, About]:
+    """A function from uint8 images to all outputs by name, and what the file says of itself.
 
     Raises:
         InputError: damaged, not written by `write`, or holding more than a network.
@@ -65,7 +65,7 @@ def read(content: bytes, where: Path) -> tuple[Callable[[Tensor], Tensor], About
         raise InputError(f"{where} cannot be loaded by torch {torch.__version__}: {line(error)}; {REMEDY}") from error
 
     @torch.no_grad()
-    def answers(images: Tensor) -> Tensor:
-        return next(iter(module(images).values()))
+    def outputs(images: Tensor) -> dict[str, Tensor]:
+        return module(images)
 
-    return answers, about
+    return outputs, about

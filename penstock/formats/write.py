@@ -1,6 +1,6 @@
 """All forms of one export: made, compared with the network before they are kept, then measured."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ def export_forms(
     calibration: Manifest | None = None,
     val: Manifest | None = None,
     fold: bool = False,
+    tell: Callable[[str], None] = print,
 ) -> list[Written]:
     """Write the forms of an export, and say how they agree with it.
 
@@ -48,12 +49,17 @@ def export_forms(
         forms: of "torch" and "onnx".
         calibration: a packed set for int8, which is left out without it.
         val: what is compared on, all of it; without it some images of `calibration`, or noise.
+        tell: is given a line on what was folded.
 
     Raises:
         InputError: a set has other classes, a form computes something else, or a library is missing.
     """
     reference = load_network(export)
-    network = load_network(export).fold() if fold else reference
+    network = reference
+    if fold:
+        network = load_network(export)
+        norms = network.norms
+        tell(f"{network.fold().about.folded} of {norms} batch norms folded")
     want: Answers = torch.no_grad()(reference.answers)
     if val is not None:
         data.check_labels(reference.about, val)
@@ -68,7 +74,7 @@ def export_forms(
     for form in forms:
         module = _module(form)
         file, content = out / module.FILE, module.write(traced)
-        check(str(file), module.read(content, file)[0], want, images)
+        check(str(file), module.read(content, file)[0], torch.no_grad()(reference.forward), images)
         made[form] = _keep(file, content)
     if calibration is not None:
         from penstock.formats import int8, onnx

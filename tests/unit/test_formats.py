@@ -154,6 +154,40 @@ def test_batch_norm_is_folded(exports):
         load_network(exports["vit"]).fold()
 
 
+def test_what_could_be_folded_is_told(exports, tmp_path, monkeypatch, capsys):
+    from penstock.formats import network
+
+    norms = load_network(exports["cnn"]).norms
+    command = ["export", str(exports["cnn"]), "--to", "torch", "--fold", "--out", str(tmp_path)]
+    assert main(command) == DONE
+    assert f"{norms} of {norms} batch norms folded" in capsys.readouterr().out
+    monkeypatch.setattr(network, "fold_batchnorm", lambda *_: [])
+    assert main(command) == INPUT_WRONG
+    assert f"0 of {norms} batch norms can be folded" in capsys.readouterr().err
+
+
+def test_a_model_of_timm(tmp_path, capsys):
+    """Exported into --out, and asked for labels, without a folder of its own."""
+    import timm
+
+    model: Any = timm.create_model("test_vit", num_classes=len(CLASSES)).eval()
+    timm.models.save_for_hf(model, str(tmp_path / "hf"), model_config={"label_names": list(CLASSES), "num_classes": 5})
+    name, out = f"timm:local-dir:{tmp_path / 'hf'}", tmp_path / "out"
+    assert main(["export", name]) == INPUT_WRONG
+    assert "say with --out where they go" in capsys.readouterr().err
+    assert main(["export", name, "--to", "torch", "--out", str(out)]) == DONE
+    assert open_model(out / "model.pt2").about == load_network(out).about
+    assert main(["export", name, "--to", "torch", "--out", str(out)]) == INPUT_WRONG
+    assert "holds an export already" in capsys.readouterr().err
+
+    (tmp_path / "a.png").write_bytes(png(coloured(1, 20, 18)))
+    said = []
+    for place in (name, str(out)):
+        assert main(["predict", place, str(tmp_path / "a.png"), "--format", "csv"]) == DONE
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and "cow" in said[0]
+
+
 def test_timm_opens_the_same_folder(exports, capsys):
     """The files may lie beside the weights."""
     import timm
@@ -199,8 +233,9 @@ def test_int8_and_its_accuracy(exports, tmp_path, capsys):
     assert small.about == full.about and small.about.classes == CLASSES
     import onnx as library
 
-    kinds = {node.op_type for node in library.load(out / int8.FILE).graph.node}
-    assert "QuantizeLinear" in kinds and "DequantizeLinear" in kinds
+    counted = [precise for _, precise in arithmetic(library.load(out / int8.FILE).graph)]
+    # Patches; qkv, q k', attention v, projection; the two layers of the MLP; the classifier.
+    assert counted == [True, False, True, True, False, False, False, True]
 
     # What is told, counted anew from images that PIL and the fixture's own words give.
     classifier = load_classifier(exports["vit"])
@@ -215,7 +250,24 @@ def test_int8_and_its_accuracy(exports, tmp_path, capsys):
     row = next(line for line in shown.splitlines() if "int8 " in line)
     for words in (f"{differ} of 40", f"{100 * (got.argmax(1) == labels).double().mean():.2f} %", f"{apart:.1e}"):
         assert words in row, (words, row)
-    assert "int8 takes this share of ONNX's time" in shown
+    assert "int8 takes this share of ONNX's time" in shown and "without VNNI" in shown
+
+
+def arithmetic(graph: Any) -> list[tuple[str, bool]]:
+    """The name of each product and convolution, in order, and whether it stays in fp32."""
+    whole = {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    return [(node.name, not whole & set(node.input)) for node in graph.node if node.op_type in int8.OPERATIONS]
+
+
+def test_both_classifiers_of_a_distilled_head_stay_in_fp32(tmp_path):
+    import onnx as library
+
+    fields = {**VIT, "name": "deit_tiny_distilled_patch16_224", "pool": "token", "size": 16}
+    network = load_network(write_classifier(tmp_path / "export", fields, kind="distilled"))
+    batch = torch.from_numpy(coloured_batch(8, 3, 16, 16))
+    content = int8.write(onnx.write(torch_export.trace(network)), network.about, [batch])
+    counted = [precise for _, precise in arithmetic(library.load_from_string(content).graph)]
+    assert counted == [True, False, True, True, False, False, False, True, True]
 
 
 def test_agreement_counts_images():
@@ -229,21 +281,32 @@ def test_agreement_counts_images():
     assert compare.difference(torch.tensor([[float("nan")]]), torch.ones(1, 1)) == float("inf")
 
 
+@pytest.mark.parametrize("kind", ["logits", "probabilities"])
 @pytest.mark.parametrize("form", [torch_export, onnx])
-def test_a_form_that_computes_something_else_is_not_kept(form, exports, tmp_path, monkeypatch, capsys):
+def test_a_form_that_computes_something_else_is_not_kept(form, kind, exports, tmp_path, monkeypatch, capsys):
     (tmp_path / form.FILE).write_bytes(b"older")
     read = form.read
 
     def off(content: bytes, where: Path) -> Any:
         answers, about = read(content, where)
-        return (lambda images: answers(images) + 3e-4 * (len(images) == 1)), about
+        return (lambda images: answers(images) | {kind: answers(images)[kind] + 3e-4 * (len(images) == 1)}), about
 
     monkeypatch.setattr(form, "read", off)
     name = form.FILE.partition(".")[2].replace("pt2", "torch")
     assert main(["export", str(exports["attentive"]), "--to", name, "--out", str(tmp_path)]) == INPUT_WRONG
-    assert "more than 0.0001; it is not written" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"gives {kind} that are 3.0e-04 from" in error and "more than 0.0001; it is not written" in error
     assert [file.name for file in tmp_path.iterdir()] == [form.FILE]
     assert (tmp_path / form.FILE).read_bytes() == b"older"
+
+
+def test_a_network_that_diverged_is_not_written(tmp_path):
+    folder = write_classifier(tmp_path / "export", {**VIT, "size": 16})
+    network = load_network(folder)
+    with torch.no_grad():
+        network.classifier.head.linear.bias[2] = torch.nan
+    with pytest.raises(InputError, match="own answers are not finite: it has diverged"):
+        compare.check("model.pt2", network.forward, network.forward, network.example(3))
 
 
 def test_damaged_files_are_named(exports, tmp_path):

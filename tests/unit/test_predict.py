@@ -156,9 +156,10 @@ def test_what_cannot_be_read_is_listed(place, told, refused, tmp_path, capsys):
     assert "does not exist" in refused(str(place / "run"), str(tmp_path / "none.png"))
     (tmp_path / "empty").mkdir()
     assert "holds no image" in refused(str(place / "run"), str(tmp_path / "empty"))
-    assert main(["predict", str(place / "run"), str(cut), str(place / "set"), "--format", "csv"]) == DONE
-    captured = capsys.readouterr()
-    assert f"cannot be read: {cut}" in captured.err and str(cut) not in captured.out
+    for form in ("table", "json", "csv"):
+        assert main(["predict", str(place / "run"), str(cut), str(place / "set"), "--format", form]) == DONE
+        captured = capsys.readouterr()
+        assert f"cannot be read: {cut}" in captured.err and (str(cut) in captured.out) == (form == "json")
 
 
 def test_table_csv_and_sheet(place, told, tmp_path, capsys):
