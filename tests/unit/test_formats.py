@@ -24,6 +24,7 @@ from penstock.formats import compare, int8, onnx, torch_export
 from penstock.formats.about import About
 from penstock.formats.load import open_model
 from penstock.formats.network import load_network
+from penstock.formats.operations import ATEN
 from penstock.formats.write import export_forms
 from tests.exports import CLASSES, TEMPERATURE, VIT, coloured, coloured_batch, write_classifier
 from tests.shards import png, write_set
@@ -537,3 +538,15 @@ def test_other_bad_input(exports, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["export", str(exports["vit"]), "--to", "torchscript"])
     assert "'torchscript' is not one of torch, onnx" in capsys.readouterr().err
+
+
+def test_known_operations_name_no_file():
+    """By aten's own words: what takes text takes a mode, an equation or a message."""
+    texts = {"padding", "rounding_mode", "equation", "approximate", "indexing", "mode", "assert_msg"}
+    for name in ATEN:
+        packet = getattr(torch.ops.aten, name)
+        for overload in packet.overloads():
+            arguments = getattr(packet, overload)._schema.arguments
+            if any("Tensor" in str(each.type) for each in arguments):  # others compute with text alone
+                taken = {each.name for each in arguments if "str" in str(each.type)}
+                assert taken <= texts, (name, overload, taken)
