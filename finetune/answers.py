@@ -250,7 +250,7 @@ class Cache:
         """Whether a student of `recipe` may learn from these answers; warns where they are of another precision.
 
         Args:
-            raw_logits: names of the losses that need the logits of all classes as they are.
+            raw_logits: names of the losses that need the logits of all classes.
 
         Raises:
             InputError: one of them is on, and classes were left out.
@@ -258,7 +258,7 @@ class Cache:
         count = len(self.identity.classes)
         if raw_logits and self.top < count:
             raise InputError(
-                f"task.losses.{raw_logits[0]}: it compares the logits of all classes as they are, and {self.folder} "
+                f"task.losses.{raw_logits[0]}: it needs the logits of all classes, however unlikely, and {self.folder} "
                 f"holds those of the {self.top} likeliest of {count}; make a cache with --top {count}, or set "
                 f"task.cache=null, so that the teacher runs, or task.losses.{raw_logits[0]}=null"
             )

@@ -37,8 +37,8 @@ class Distillation(Protocol):
         features: whether `Answer.pooled` is needed, which a cached teacher does not have.
         stages: how many of the last stages are needed, 0 for none.
         looks_across_samples: whether it compares samples with each other; of all ranks, and of one micro-batch.
-        raw_logits: whether it needs the logits of all classes as they are, rather than how they lie to each other;
-            a cache that keeps the likeliest classes alone does not have them.
+        raw_logits: whether it needs the logits of all classes, however unlikely; a cache that keeps the likeliest
+            classes alone does not have them.
     """
 
     config: Any

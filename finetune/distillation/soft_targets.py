@@ -19,7 +19,7 @@ class SoftTargets(nn.Module):
     T^2 keeps the gradient's size about the same at every temperature.
     """
 
-    features, stages, looks_across_samples, raw_logits = False, 0, False, False
+    features, stages, looks_across_samples = False, 0, False
 
     class Config(Block):
         name: Literal["soft_targets"] = "soft_targets"
@@ -36,7 +36,7 @@ class SoftTargets(nn.Module):
 
     def __init__(self, config: Config, student: Widths, teacher: Widths):
         super().__init__()
-        self.config = config
+        self.config, self.raw_logits = config, config.standardize
 
     def forward(
         self, student: Answer, teacher: Answer, targets: Tensor, weights: Tensor, knobs: Mapping[str, float]

@@ -122,7 +122,12 @@ def test_every_loss_is_what_it_is_online(case):
     online, again = (loss(student, Answer(each.double())) for each in (logits, restored))
     assert (again - online).abs().max() < 1e-3
     unshifted = loss(student, Answer(logits.double().log_softmax(1)))
-    assert ((unshifted - online).abs().max() > 0.1) == loss.module.raw_logits
+    assert ((unshifted - online).abs().max() > 0.1) == (case in ("binary_targets", "relational, logits"))
+
+
+def test_losses_that_make_much_of_unlikely_classes_say_so():
+    raw = {case for case in CASES if distillation.setting(case)[0].module.raw_logits}
+    assert raw == {"binary_targets", "relational, logits", "soft_targets, standardized"}
 
 
 def test_losses_of_raw_logits_need_all_classes(folder, written, tmp_path):
