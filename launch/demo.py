@@ -70,31 +70,29 @@ def _print(runs: list[dict], report: dict, seconds: float) -> None:
     pretrained, finetuned, scratch, distilled, alone = runs
     title = f"Handwritten digits, 16 x 16: 1,438 to learn from, 359 to test on; {seconds:.0f} s in all"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in ("run", "what it did", "size", "kNN", "linear", "1 label", "top-1", "ECE", "images/s", "time"):
-        table.add_column(column, justify="left" if column in ("run", "what it did") else "right", no_wrap=True)
+    left = ("run", "from")
+    for column in (*left, "size", "kNN", "linear", "1 label", "top-1", "ECE", "time"):
+        table.add_column(column, justify="left" if column in left else "right", no_wrap=True)
     sizes = {row["name"]: f"{row['cost']['parameters'] / 1000:.0f} k" for row in report["students"]}
     large = f"{report['teacher']['cost']['parameters'] / 1000:.0f} k"
-    for name, what, where in (
-        ("untrained", "nothing", "untrained"),
-        ("mae-digits", "MAE", "final"),
-    ):
+    for name, start, where in (("untrained", "", "untrained"), ("mae-digits", "random", "final")):
         metrics = pretrained["results"]
         figures = [f"{metrics[f'{where}/{m}']:.1f}" for m in ("knn_top1", "linear_top1", "linear_top1_1_per_class")]
-        table.add_row(name, what, large, *figures, "", "", *(_cost(pretrained) if where == "final" else ()))
-    for run, name, what, size in (
-        (scratch, "scratch-digits", "from random", large),
-        (finetuned, "finetune-digits", "from MAE", large),
-        (alone, "student-alone", "from random", sizes["alone"]),
-        (distilled, "student-distilled", "from the teacher", sizes["distilled"]),
+        table.add_row(name, start, large, *figures, "", "", _time(pretrained) if where == "final" else "")
+    for run, name, start, size in (
+        (scratch, "scratch-digits", "random", large),
+        (finetuned, "finetune-digits", "MAE", large),
+        (alone, "alone", "random", sizes["alone"]),
+        (distilled, "distilled", "random, teacher", sizes["distilled"]),
     ):
         metrics = run["results"]
         ece = f"{metrics['final/ece_unscaled']:.1f} > {metrics['final/ece_scaled']:.1f}"
-        table.add_row(name, what, size, "", "", "", f"{metrics['final/top1']:.1f}", ece, *_cost(run))
+        table.add_row(name, start, size, "", "", "", f"{metrics['final/top1']:.1f}", ece, _time(run))
     console = Console()
     console.print(table)
     words = NEXT.format(picture=STUDENTS / "students.png", student=STUDENTS / "distilled-seed0")
     console.print(words, highlight=False, soft_wrap=True)
 
 
-def _cost(run: dict) -> tuple[str, str]:
-    return f"{run['results']['perf/images_per_second']:.0f}", f"{run['seconds']:.0f} s"
+def _time(run: dict) -> str:
+    return f"{run['seconds']:.0f} s"
