@@ -177,7 +177,7 @@ def run(recipe: Recipe, stage: Stage, find_lr: bool = False) -> int:
     return DONE if finished else STOPPED
 
 
-def _stream(recipe: Recipe, clock: Clock, backbone: Backbone, sidecar: Sidecar | None) -> TrainStream:
+def _stream(recipe: Recipe, clock: Clock, backbone: Backbone, sidecar: Sidecar | None = None) -> TrainStream:
     return TrainStream(
         recipe.data,
         AUGMENTATIONS.get(recipe.augment.name)(recipe.augment),
