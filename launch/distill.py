@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.launcher import Launcher, Local
-from launch.series import Series, Trial, beneath, finished, follow, resolve, say
+from launch.series import Series, Trial, beneath, finished, follow, resolve, say, values_given
 from penstock.errors import INPUT_WRONG, InputError
 
 ALONE, DISTILLED, ONLINE = "alone", "distilled", "online"
@@ -60,12 +60,10 @@ def add_command(ways: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """The exit code: 0 done, 1 some runs failed, 2 the input is wrong, 75 stopped and resumable."""
     try:
-        unknown = [word for word in rest if word.startswith("-") or "=" not in word]
-        if unknown:
-            raise InputError(f"what is {unknown[0]!r}? Options are in --help; values of the recipe are key=value")
+        overrides = values_given(args, rest)
         if args.seeds < 1:
             raise InputError("--seeds is at least 1")
-        return distill(args, [*args.overrides, *rest], Local(args.procs, args.threads))
+        return distill(args, overrides, Local(args.procs, args.threads))
     except InputError as error:
         print(f"distill: {error}", file=sys.stderr)
         return INPUT_WRONG

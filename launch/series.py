@@ -1,5 +1,6 @@
 """A series of runs of one recipe: each run once, gone on with after an interruption, shown under one parent run."""
 
+import argparse
 import json
 import os
 import signal
@@ -192,6 +193,14 @@ def last_lines(log: Path, count: int = 8) -> str:
     if not log.is_file():
         return ""
     return "\n".join(f"    {line}" for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:])
+
+
+def values_given(args: argparse.Namespace, rest: Sequence[str]) -> list[str]:
+    """key=value of the command line, also those behind options. Raises InputError for any other word."""
+    unknown = [word for word in rest if word.startswith("-") or "=" not in word]
+    if unknown:
+        raise InputError(f"what is {unknown[0]!r}? Options are in --help; values of the recipe are key=value")
+    return [*args.overrides, *rest]
 
 
 def beneath(key: str, others: Iterable[str]) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from launch.ablate.parts import choose
 from launch.ablate.plan import ADD_ONE, KINDS, LEAVE_ONE_OUT, Plan
 from launch.launcher import Launcher, Local
-from launch.series import say
+from launch.series import say, values_given
 from penstock.errors import DONE, INPUT_WRONG, InputError
 
 
@@ -38,12 +38,10 @@ def add_command(ways: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """The exit code: 0 done, 1 some runs failed, 2 the input is wrong, 75 stopped and resumable."""
     try:
-        unknown = [word for word in rest if word.startswith("-") or "=" not in word]
-        if unknown:
-            raise InputError(f"what is {unknown[0]!r}? Options are in --help; values of the recipe are key=value")
+        overrides = values_given(args, rest)
         if args.seeds < 1:
             raise InputError("--seeds is at least 1; intervals over seeds need at least 2, and 3 or more to be narrow")
-        return ablate(args, [*args.overrides, *rest], Local(args.procs, args.threads))
+        return ablate(args, overrides, Local(args.procs, args.threads))
     except InputError as error:
         print(f"ablate: {error}", file=sys.stderr)
         return INPUT_WRONG
