@@ -18,7 +18,6 @@ from penstock.backbones.backbone import features_and_stages
 from penstock.class_names import check_classes
 from penstock.errors import InputError
 
-EXPORT = "export"
 log = logging.getLogger(__name__)
 
 
@@ -183,12 +182,6 @@ def known(name: str) -> str:
     return name
 
 
-def export_folder(name: str) -> Path:
-    """The export that a run's folder, or the folder of an export, stands for."""
-    folder = Path(name).expanduser()
-    return folder / EXPORT if (folder / EXPORT).is_dir() else folder
-
-
 def all_stages(model: Any, maps: Callable[[int], tuple[Tensor, ...]]) -> tuple[int, ...]:
     """Channels of every stage that a timm model shows, the deepest last; none where it shows none."""
     stages = len(getattr(model, "feature_info", ()))
@@ -207,9 +200,9 @@ def renormalize(images: Tensor, own: tuple[Tensor, Tensor], its: tuple[Tensor, T
 
 
 def _exported(name: str) -> Teacher:
-    from penstock.export import load_classifier, read_about
+    from penstock.export import export_folder, load_classifier, read_about
 
-    folder = export_folder(name)
+    folder = export_folder(Path(name))
     found = load_classifier(folder)
     backbone = found.backbone
     about = read_about(folder)

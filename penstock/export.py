@@ -158,6 +158,18 @@ def load_classifier(folder: str | Path) -> Classifier:
     return Classifier(backbone, head, about["classes"], about["temperature"], described).eval()
 
 
+def export_folder(model: Path) -> Path:
+    """The export that a run or export folder is or holds. Raises InputError where there is none."""
+    model = model.expanduser()
+    for folder in (model, model / "export"):
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+    what = (
+        "is no export and holds none" if model.is_dir() else "does not exist" if not model.exists() else "is no folder"
+    )
+    raise InputError(f"{model} {what}; give a run folder, the export folder in it, or timm:MODEL")
+
+
 def read_about(folder: str | Path) -> dict[str, Any]:
     """The `penstock` section of an export, after a check of its files."""
     described = Path(folder) / CONFIG_FILE

@@ -113,14 +113,9 @@ def _evaluate_features(args: argparse.Namespace, export: Path | None) -> int:
 
 def _folder(export: str) -> Path | None:
     """The export folder that is meant; None for timm's own weights."""
-    from penstock.backbones.weights import CONFIG_FILE
+    from penstock.export import export_folder
 
-    if export.startswith("timm:"):
-        return None
-    for folder in (Path(export), Path(export, "export")):
-        if (folder / CONFIG_FILE).is_file():
-            return folder
-    raise InputError(f"{export} is no export and holds none; give an export or run folder, or timm:NAME")
+    return None if export.startswith("timm:") else export_folder(Path(export))
 
 
 def _open(name: str, export: Path | None, untrained: bool) -> "Backbone":

@@ -62,9 +62,8 @@ def _count(text: str) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from penstock.export import read_about
+    from penstock.export import export_folder, read_about
     from penstock.formats.data import packed
-    from penstock.formats.network import export_folder
     from penstock.formats.write import export_forms
 
     if "onnx" in args.to or args.int8 is not None:

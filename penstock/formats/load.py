@@ -55,7 +55,8 @@ def open_model(path: Path, device: torch.device | None = None) -> Model:
             from penstock.formats import onnx as form  # type: ignore[no-redef]
         outputs, about = form.read(content, path)
         return Model(path, about, lambda images: next(iter(outputs(images).values())))
-    from penstock.formats.network import export_folder, load_network
+    from penstock.export import export_folder
+    from penstock.formats.network import load_network
 
     network = load_network(export_folder(path)).to(device or torch.device("cpu"))
     return Model(path, network.about, lambda images: _on(network, images))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from penstock.backbones.fold import fold_batchnorm
-from penstock.backbones.weights import CONFIG_FILE, WEIGHTS_FILE
+from penstock.backbones.weights import WEIGHTS_FILE
 from penstock.errors import InputError
 from penstock.evaluate._classifier import prepared
 from penstock.evaluate._commands import WHOLE_BELOW
@@ -62,17 +62,6 @@ class Network(nn.Module):
             )
         self.about = self.about.model_copy(update={"folded": folded})
         return self
-
-
-def export_folder(model: Path) -> Path:
-    """The export that a run or export folder is or holds."""
-    for folder in (model, model / "export"):
-        if (folder / CONFIG_FILE).is_file():
-            return folder
-    what = (
-        "is no export and holds none" if model.is_dir() else "does not exist" if not model.exists() else "is no folder"
-    )
-    raise InputError(f"{model} {what}; give a run folder, or the export folder in it")
 
 
 def load_network(folder: Path) -> Network:

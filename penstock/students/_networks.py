@@ -13,10 +13,9 @@ from typing import Any
 import yaml
 
 from penstock.adopt import TIMM, adopt
-from penstock.backbones.weights import CONFIG_FILE
 from penstock.class_names import check_classes
 from penstock.errors import InputError
-from penstock.export import read_about
+from penstock.export import export_folder, read_about
 
 TEACHER, ALONE, DISTILLED, UNKNOWN = "teacher", "alone", "distilled", "unknown"  # how a network was trained
 ROLES = {"classify": ALONE, "distill": DISTILLED}  # by the recipe's task
@@ -80,10 +79,7 @@ class Network:
     @classmethod
     def open(cls, place: str) -> "Network":
         """Raises InputError where there is no classifier at `place`."""
-        folder = _adopted(place) if place.startswith(TIMM) else Path(place).expanduser()
-        export = next((each for each in (folder, folder / "export") if (each / CONFIG_FILE).is_file()), None)
-        if export is None:
-            raise InputError(f"{place} is no export and holds none; give the folder of a finished run or of an export")
+        export = export_folder(_adopted(place) if place.startswith(TIMM) else Path(place))
         about = read_about(export)
         if "classes" not in about:
             raise InputError(f"{export} is the export of a backbone, without a classifier; give a finetuned one")
