@@ -1,11 +1,13 @@
 """Cached answers: precise enough, of the very pixels the student sees, tied to what made them, damage noticed."""
 
+import io
 import multiprocessing
 import os
 import random
 import shutil
 import signal
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -523,10 +525,15 @@ def test_what_cannot_be_cached_is_refused(student_recipe, tmp_path, capsys, word
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_writes_a_cache_and_says_so(student_recipe, folder, tmp_path, capsys):
+def printed(rank, world, words) -> str:
+    with redirect_stdout(io.StringIO()) as out:
+        assert main(words) == 0
+    return " ".join(out.getvalue().split())
+
+
+def test_the_command_writes_a_cache_and_says_so(student_recipe, folder, tmp_path, ranks):
     words = [str(student_recipe), "--out", str(tmp_path / "out"), "--views", "2", "--top", "4", "--verify", "30"]
-    assert main(words) == 0
-    said = " ".join(capsys.readouterr().out.split())
+    (said,) = ranks(1).run(printed, words)
     assert f"images {TOTAL}" in said
     assert f"{2 * TOTAL}, 2 of each image" in said
     assert "at temperature 4" in said
@@ -534,8 +541,7 @@ def test_the_command_writes_a_cache_and_says_so(student_recipe, folder, tmp_path
     cache = Cache.read(tmp_path / "out")
     assert cache is not None
     assert cache.top == 4
-    assert main(words) == 0
-    assert "all were there" in capsys.readouterr().out
+    assert "all were there" in ranks(1).run(printed, words)[0]
 
 
 def test_mixing_is_a_conflict(folder):
