@@ -147,9 +147,9 @@ class Backbone(nn.Module):
         return COARSE if min(self.size) >= 4 * COARSE else COARSE // 8
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] to fp32: (images / 255 - mean) / std, as one multiplication and addition."""
+        """uint8 [B, C, H, W] to fp32: (images / 255 - mean) / std, in one pass: a multiplication and an addition."""
         scale = 1 / (255 * self.std.float())
-        return torch.addcmul((-self.mean.float() / self.std)[:, None, None], images.float(), scale[:, None, None])
+        return torch.addcmul((-self.mean.float() / self.std)[:, None, None], images, scale[:, None, None])
 
     def forward(self, images: Tensor, stages: int = 0) -> Features:
         """Features of uint8 images, or of float images that are normalised already, [B, C, H, W].
