@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from penstock import distributed
+from penstock.streams.batch import Batch
+from penstock.streams.timing import NAMES, per_sample
 from penstock.task import StepOutput
 
 
@@ -18,6 +20,7 @@ class Meters:
         self.sums: dict[str, Tensor] = {}
         self._pending: list[tuple[str, Tensor]] = []
         self._samples, self._waited, self._began = 0, 0.0, time.monotonic()
+        self._timing = dict.fromkeys(NAMES, 0.0)
         self.loss: float | None = None  # mean of the last report
 
     def output(self, output: StepOutput) -> None:
@@ -26,6 +29,11 @@ class Meters:
         self._pending.append(("weight", weight))
         for name, value in {"loss": output.loss, **output.metrics}.items():
             self._pending.append((name, value.detach().double() * weight))
+
+    def made(self, batch: Batch) -> None:
+        """Note what it took to make a micro-batch."""
+        for name, value in batch.timing.items():
+            self._timing[name] += value
 
     def step(self, applied: bool, samples: int, waited: float, **values: float) -> None:
         """Close a step. Of one that was skipped only the time counts, and that it was skipped."""
@@ -42,8 +50,10 @@ class Meters:
         """Means (`train/...`) and speed (`perf/...`) since the last report, then start anew. Collective."""
         names = sorted({"weight", "steps", "skipped"} | self.sums.keys())
         zero = torch.zeros((), dtype=torch.float64, device=distributed.device())
-        total = distributed.all_sum(torch.stack([self.sums.get(name, zero) for name in names]))
-        sums = dict(zip(names, total.tolist(), strict=True))
+        own = torch.tensor([self._waited, *self._timing.values()], dtype=torch.float64, device=zero.device)
+        total = distributed.all_sum(torch.cat([torch.stack([self.sums.get(name, zero) for name in names]), own]))
+        *counted, waited = total[: len(names) + 1].tolist()
+        sums = dict(zip(names, counted, strict=True))
         weight, steps, skipped = sums.pop("weight"), sums.pop("steps"), sums.pop("skipped")
         per_step = {"grad_norm"}
         means = {f"train/{n}": v / (steps if n in per_step else weight) for n, v in sums.items() if steps and weight}
@@ -53,10 +63,12 @@ class Meters:
         seconds = max(time.monotonic() - self._began, 1e-9)
         speed = {
             "perf/images_per_second": self._samples / seconds,
-            "perf/data_wait": self._waited / seconds,
+            "perf/data_wait": waited / distributed.world() / seconds,
             "perf/memory_gb": memory_gb(),
         }
-        self.sums = {}
+        timing = dict(zip(NAMES, total[len(names) + 1 :].tolist(), strict=True))
+        speed |= {f"perf/{name}": value for name, value in per_sample(timing, seconds).items()}
+        self.sums, self._timing = {}, dict.fromkeys(NAMES, 0.0)
         self._samples, self._waited, self._began = 0, 0.0, time.monotonic()
         return means, speed
 

@@ -100,6 +100,7 @@ def fit(run: Run) -> tuple[bool, int]:
                     engine.backward(output)
                     if sweep == 0:
                         meters.output(output)
+                        meters.made(part)
             done = engine.step()
             if done.applied:
                 engine.task.after_step(engine, knobs)
@@ -171,7 +172,8 @@ class Books:
         if tick.every(self._run.report_every):
             bad = self.faults.check()
             if bad:
-                self._run.tracker.log(state.step, {"data/unreadable": bad})
+                kinds = {f"data/unreadable_{kind}": count for kind, count in self.faults.kinds.items() if count}
+                self._run.tracker.log(state.step, {"data/unreadable": bad, **kinds})
 
 
 def _save(run: Run, state: State, books: Books, tick: Tick) -> None:

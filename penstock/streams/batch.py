@@ -17,9 +17,10 @@ class Batch:
     keys: list[str] = field(default_factory=list)  # the samples' names, for people
     step: int = 0  # optimizer step this micro-batch belongs to
     begin: int = 0  # position of the first sample that any rank has in this micro-batch
-    faults: list[dict] = field(default_factory=list)  # one record per slot of weight 0: position, shard, key, reason
+    faults: list[dict] = field(default_factory=list)  # per slot of weight 0: position, shard, key, kind, reason
     ids: Tensor | None = None  # int64 [B], the bits of the samples' 64-bit ids; for the epoch's digest
     extra: dict[str, Tensor] = field(default_factory=dict)  # [B, ...], what a sidecar holds of the views
+    timing: dict[str, float] = field(default_factory=dict)  # what making it took (penstock/streams/timing.py)
 
     def __len__(self) -> int:
         return len(self.weights)

@@ -27,6 +27,8 @@ TURNS = {  # Exif orientation to the transposition that undoes it
 class DecodeError(Exception):
     """The bytes are not an image that can be used; the message is the reason."""
 
+    kind = "undecodable"  # as of a Fault
+
 
 def decode(data: bytes, channels: int = 3) -> np.ndarray:
     """Pixels, uint8 [H, W, channels], of a JPEG, PNG or WebP file; RGB, or luma for one channel.

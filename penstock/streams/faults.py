@@ -13,6 +13,7 @@ from penstock.streams.batch import Batch
 WINDOW = 100_000  # samples over which the rate is taken
 FEWEST = 10  # faults below which no rate is alarming
 SHOWN = 20
+KINDS = ("unreachable", "short", "changed", "undecodable", "no_answer", "other")  # of `Fault` and `DecodeError`
 
 
 class FaultLog:
@@ -28,14 +29,16 @@ class FaultLog:
         self.path = folder / f"faults-rank-{distributed.rank():05d}.jsonl"
         self.max_bad = max_bad
         self.total = 0  # over all ranks, as of the last check
+        self.kinds = dict.fromkeys(KINDS, 0)  # the total by what was wrong
         self._recent: deque[dict] = deque(maxlen=SHOWN)
-        self._new = [0, 0]  # samples and faults of this rank since the last check
+        self._new = [0] * (1 + len(KINDS))  # samples and faults by kind, of this rank since the last check
         self._window: deque[tuple[int, int]] = deque()
 
     def add(self, batch: Batch) -> None:
         """Count a micro-batch, and write its faults down."""
         self._new[0] += len(batch)
-        self._new[1] += len(batch.faults)
+        for fault in batch.faults:
+            self._new[1 + KINDS.index(fault["kind"] if fault["kind"] in KINDS else "other")] += 1
         if batch.faults:
             self._recent.extend(batch.faults)
             with self.path.open("a", encoding="utf-8") as file:
@@ -50,8 +53,10 @@ class FaultLog:
             InputError: on all ranks, with a list, when the rate has passed `max_bad`.
         """
         counts = torch.tensor(self._new, dtype=torch.int64, device=distributed.device())
-        samples, faults = distributed.all_sum(counts).tolist()
-        self._new = [0, 0]
+        samples, *kinds = distributed.all_sum(counts).tolist()
+        self._new = [0] * len(self._new)
+        self.kinds = {kind: count + new for (kind, count), new in zip(self.kinds.items(), kinds, strict=True)}
+        faults = sum(kinds)
         self.total += faults
         self._window.append((samples, faults))
         while sum(count for count, _ in self._window) - self._window[0][0] >= WINDOW:

@@ -4,6 +4,7 @@ import mmap
 import multiprocessing
 import os
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ from penstock.errors import InputError
 from penstock.streams.decode import DecodeError, FactorOf, decode, decode_smaller
 from penstock.streams.manifest import Manifest
 from penstock.streams.reader import Fault, ShardReader
+from penstock.streams.timing import DECODE, READ
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,7 @@ class Sample:
     id: int
     reason: str = ""
     whole: Whole | None = None  # where the image was decoded smaller
+    kind: str = ""  # of the reason, for counts
 
 
 class Images:
@@ -43,20 +46,33 @@ class Images:
         self.manifest, self.channels, self.smaller = manifest, channels, smaller
         self.reader = ShardReader(manifest)
         self._cache = _PixelCache(self.reader, channels) if cache == "ram" else None
+        self._spent = {READ: 0.0, DECODE: 0.0}
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """Running counts of this process (penstock/streams/timing.py)."""
+        return self._spent | self.reader.counters
 
     def load(self, shard: int, sample: int, factor_of: FactorOf | None = None) -> Sample:
         """One sample, its JPEG decoded at 1 / `factor_of(height, width)` of its size; whole for a cache in memory."""
         record = self.reader.record(shard, sample)
         image, whole = self._cache.get(shard, sample) if self._cache else None, None
         if image is None:
+            began = read = perf_counter()
             try:
-                data = self.reader.payload(shard, record)
+                try:
+                    data = self.reader.payload(shard, record)
+                finally:
+                    read = perf_counter()
+                    self._spent[READ] += read - began
                 if factor_of is None or self._cache or not self.smaller:
                     image = decode(data, self.channels)
                 else:
                     image, whole = decode_smaller(data, self.channels, factor_of)
             except (Fault, DecodeError) as error:
-                return Sample(None, record.label, record.key, record.id, str(error))
+                return Sample(None, record.label, record.key, record.id, str(error), kind=error.kind)
+            finally:
+                self._spent[DECODE] += perf_counter() - read
             if self._cache:
                 self._cache.put(shard, sample, image)
         return Sample(image, record.label, record.key, record.id, whole=whole)

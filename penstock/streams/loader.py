@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.util import Finalize
+from time import perf_counter
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ from penstock.streams.batch import Batch
 from penstock.streams.images import Images, Sample
 from penstock.streams.reader import Fault
 from penstock.streams.sidecar import Sidecar
+from penstock.streams.timing import AUGMENT, SAMPLES, since
 
 POOL = 0x9001 << 44  # keys of a fixed pool's views begin with it, which no position does
 Key = tuple[int, ...]  # of a served sample's random numbers; a view's number follows it
@@ -52,7 +54,7 @@ def assemble(micro: Micro, images: Images, augment: Augment, seed: int, sidecar:
 
     So is one for whose view the sidecar has nothing.
     """
-    decoded = _Decoded(micro, images, augment, seed)
+    decoded, before, augmenting = _Decoded(micro, images, augment, seed), images.counters, 0.0
     samples: list[Sample] = []
     beside: list[Mapping[str, np.ndarray]] = []
     size = int(micro.knobs["size"])
@@ -67,7 +69,9 @@ def assemble(micro: Micro, images: Images, augment: Augment, seed: int, sidecar:
             samples.append(sample)
             if sample.reason:
                 name = images.manifest.shards[shard].name
-                faults.append({"position": position, "shard": name, "key": sample.key, "reason": sample.reason})
+                fault = {"position": position, "shard": name, "key": sample.key}
+                faults.append(fault | {"kind": sample.kind, "reason": sample.reason})
+            began = perf_counter()
             for view, views in enumerate(slots):
                 if sample.image is None:
                     views.append(None)
@@ -77,6 +81,7 @@ def assemble(micro: Micro, images: Images, augment: Augment, seed: int, sidecar:
                     views.append(decoded.boxed.view(sample.image, view, micro.knobs, sample.whole))
                 else:
                     views.append(augment.view(sample.image, view, micro.knobs))
+            augmenting += perf_counter() - began
     return Batch(
         views=[_stack(views, (images.channels, size, size)) for views in slots],
         labels=torch.tensor([sample.label for sample in samples]),
@@ -88,6 +93,7 @@ def assemble(micro: Micro, images: Images, augment: Augment, seed: int, sidecar:
         faults=faults,
         ids=torch.from_numpy(np.array([sample.id for sample in samples], dtype=np.uint64).view(np.int64)),
         extra={name: _joined([held[name] for held in beside]) for name in (sidecar.blank if sidecar else ())},
+        timing=since(before, images.counters) | {SAMPLES: float(len(samples)), AUGMENT: augmenting},
     )
 
 
@@ -170,7 +176,7 @@ def _beside(sidecar: Sidecar, micro: Micro, slot: int, sample: Sample) -> tuple[
         place = int(micro.shards[slot]), int(micro.samples[slot])
         return sample, sidecar.read(*place, sample.key, int(micro.pool[slot]))
     except Fault as fault:
-        return replace(sample, image=None, reason=str(fault)), sidecar.blank
+        return replace(sample, image=None, reason=str(fault), kind=fault.kind), sidecar.blank
 
 
 def _joined(held: list[np.ndarray]) -> torch.Tensor:

@@ -14,13 +14,18 @@ import numpy as np
 
 from penstock.errors import InputError
 from penstock.streams.manifest import Manifest
+from penstock.streams.timing import BYTES
 
 REMEDY = "; copy or pack the set again, or see `penstock shards verify`"
 OPEN_SHARDS = 384  # of all readers of a process, two file descriptors each: below the usual limit of 1024
 
 
 class Fault(Exception):
-    """A sample cannot be read; the message is the reason."""
+    """A sample cannot be read; the message is the reason, and `kind` a word to count it under."""
+
+    def __init__(self, reason: str, kind: str = "unreachable"):
+        super().__init__(reason)
+        self.kind = kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,7 @@ class ShardReader:
         self.manifest = manifest
         self._open: OrderedDict[int, _Open] = OrderedDict()  # the longest unused first
         self._checked: set[int] = set()
+        self.counters = {BYTES: 0.0}
         self._all.add(self)
         weakref.finalize(self, _close, self._open)
 
@@ -81,10 +87,11 @@ class ShardReader:
             data = os.pread(self._opened(shard).file, record.size, record.offset)
         except OSError as error:
             raise Fault(f"cannot be read: {error}") from error
+        self.counters[BYTES] += len(data)
         if len(data) != record.size:
-            raise Fault(f"the shard ends early: {len(data)} of {record.size} bytes")
+            raise Fault(f"the shard ends early: {len(data)} of {record.size} bytes", "short")
         if zlib.crc32(data) != record.crc:
-            raise Fault("the bytes differ from those that were packed (CRC-32)")
+            raise Fault("the bytes differ from those that were packed (CRC-32)", "changed")
         return data
 
     def read(self, shard: int, sample: int) -> tuple[bytes, int, str, int]:

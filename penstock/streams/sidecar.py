@@ -90,13 +90,13 @@ class PackedSidecar:
         where = f"its answers in {self._reader.manifest.root / self._reader.manifest.shards[shard].name}"
         record = self._reader.record(shard, sample)
         if record.key != key:
-            raise Fault(f"{where} are those of another sample, {record.key}")
+            raise Fault(f"{where} are those of another sample, {record.key}", "no_answer")
         try:
             data = self._reader.payload(shard, record)
         except Fault as fault:
-            raise Fault(f"{where}: {fault}") from fault
+            raise Fault(f"{where}: {fault}", "no_answer") from fault
         if not data.startswith(self._head) or len(data) != self._bytes:
-            raise Fault(f"{where}: there are none, as its image could not be read when they were made")
+            raise Fault(f"{where}: there are none, as its image could not be read when they were made", "no_answer")
         return np.frombuffer(data, self.kind, offset=len(self._head))
 
 

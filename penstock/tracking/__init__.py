@@ -10,7 +10,10 @@ Metric names, in every stage, over optimizer steps:
 
     progress/samples, progress/epoch                 the other two axes
     train/loss, train/lr, train/grad_norm, train/*   means since the last report
-    perf/images_per_second, perf/data_wait (share of the time), perf/memory_gb
+    perf/images_per_second, perf/data_wait (share of the time, mean over ranks), perf/memory_gb
+    perf/read_ms, perf/decode_ms, perf/augment_ms    a worker's time for an image
+    perf/read_mb_per_second, perf/retries, perf/cache_hits (share of the look-ups), over all ranks
+    data/unreadable, data/unreadable_KIND            samples of weight 0 in this attempt, in all and by what was wrong
     eval/knn_top1, eval/linear_top1, eval/*          measured during the run
     health/std, health/effective_rank, health/*      feature health; health/nonfinite counts values that were not finite
     best/*, final/*                                  what runs are compared by
