@@ -1,7 +1,8 @@
 """The index of a shard: where each sample's image lies, with checksum, id, label and size.
 
 One record of `INDEX` per sample, as a plain `.npy` that is memory-mapped and never unpickled. Samples are grouped by
-webdataset's own rule for names, so keys mean the same to its readers.
+webdataset's own rule for names, so keys mean the same to its readers. Where samples have members beside image and
+class number (captions, boxes, masks), the index has a column for each kind of them.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import mmap
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,11 +34,16 @@ FIELDS = [
     ("width", "<u4"),  # 0: the header could not be read
     ("height", "<u4"),
 ]
+EXTRA = "extra."  # begins the name of a column of other members, such as extra.txt
+PLACE = [("offset", "<u8"), ("size", "<u4"), ("crc", "<u4")]  # of such a member's payload; offset 0: there is none
+MOST_EXTRAS = 32  # such columns in an index: for the kinds that most samples have
+SUFFIX = re.compile(r"[a-z0-9][a-z0-9_.-]{0,31}")  # of a member that can have a column
 
 
-def record_type(key_bytes: int) -> np.dtype:
-    """The dtype of an index whose longest key has `key_bytes` bytes of UTF-8."""
-    return np.dtype([*FIELDS, ("key", f"S{max(key_bytes, 1)}")])
+def record_type(key_bytes: int, extras: Sequence[str] = ()) -> np.dtype:
+    """The dtype of an index whose longest key has `key_bytes` bytes of UTF-8; `extras` are suffixes with a column."""
+    columns = [(EXTRA + suffix, PLACE) for suffix in extras]
+    return np.dtype([*FIELDS, *columns, ("key", f"S{max(key_bytes, 1)}")])
 
 
 def sample_id(key: str) -> int:
@@ -60,7 +66,7 @@ def load_records(index: Path) -> np.ndarray:
         records = np.load(index, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # NumPy's parser raises nearly anything on a damaged header
         raise InputError(f"{index} cannot be read ({error}); `penstock shards verify` tells more") from None
-    if records.dtype.names is None or records.dtype.descr[:-1] != FIELDS or records.ndim != 1:
+    if records.dtype.names is None or records.dtype.descr[: len(FIELDS)] != FIELDS or records.ndim != 1:
         raise InputError(f"{index} is not an index; `penstock shards verify` tells more")
     return records
 
@@ -72,19 +78,32 @@ class Sample:
     key: str
     fields: dict[str, Member]
 
-    def image(self) -> tuple[str, Member] | None:
-        """The field that holds the image. Raises TarError when there are two, or a dot in its key hides it."""
-        found = [(suffix, item) for suffix, item in self.fields.items() if suffix.rsplit(".", 1)[-1] in EXTENSIONS]
+    def image(self, extra: Collection[str] = ()) -> tuple[str, Member] | None:
+        """The field that holds the image. Raises TarError when there are two, or a dot in its key hides it.
+
+        Args:
+            extra: suffixes that are no image of the sample though they look like one, such as mask.png.
+        """
+        found = [
+            (suffix, item)
+            for suffix, item in self.fields.items()
+            if suffix.rsplit(".", 1)[-1] in EXTENSIONS and suffix not in extra
+        ]
         for suffix, item in found:
             if "." in suffix:
                 raise TarError(
                     f"{item.name} has a dot within its name, so readers of WebDataset take {self.key!r} for its key "
-                    f"and {suffix!r} for its type; rename it without the dot",
+                    f"and {suffix!r} for its type; rename it without the dot, or, if it is a mask or the like that "
+                    f"belongs to {self.key}, add --extra {suffix}",
                     item.header,
                 )
         if len(found) > 1:
             names = " and ".join(item.name for _, item in found)
-            raise TarError(f"sample {self.key} has two images, {names}; keep one", found[1][1].header)
+            raise TarError(
+                f"sample {self.key} has two images, {names}; keep one, or say which is not the image, as in "
+                f"--extra {found[1][0]}",
+                found[1][1].header,
+            )
         return found[0] if found else None
 
 
@@ -127,6 +146,8 @@ def label_of(sample: Sample, data: mmap.mmap | bytes) -> int:
             value = json.loads(text)
         except (ValueError, RecursionError):
             value = text[:40]
+        if suffix == "json" and isinstance(value, list):  # boxes, say
+            continue
         if suffix == "json" and isinstance(value, dict):
             if "label" not in value:
                 continue
@@ -151,11 +172,13 @@ class Indexed:
         return hashlib.sha256(index.read_bytes()).hexdigest() == self.shard.index_sha256
 
 
-def read_records(data: mmap.mmap | bytes, advance: Callable[[int], None] = lambda _: None) -> np.ndarray:
-    """The records of a tar, made by walking it. Raises TarError."""
-    rows = []
+def read_records(
+    data: mmap.mmap | bytes, advance: Callable[[int], None] = lambda _: None, extra: Collection[str] = ()
+) -> np.ndarray:
+    """The records of a tar, made by walking it; `extra` as in `Sample.image`. Raises TarError."""
+    rows, others = [], []
     for sample in walk_samples(data):
-        found = sample.image()
+        found = sample.image(extra)
         if found is None:
             first = next(iter(sample.fields.values()))
             raise TarError(f"sample {sample.key} has no image (jpg, jpeg, png or webp)", first.header)
@@ -167,8 +190,24 @@ def read_records(data: mmap.mmap | bytes, advance: Callable[[int], None] = lambd
         rows.append(
             (member.offset, member.size, zlib.crc32(payload), sample_id(sample.key), label, width, height, encoded)
         )
+        others.append({s: item for s, item in sample.fields.items() if s not in (found[0], "cls")})
         advance(1)
-    return np.array(rows, dtype=record_type(max((len(row[-1]) for row in rows), default=1)))
+    return _with_extras(rows, others, data)
+
+
+def _with_extras(rows: list[tuple], others: list[dict[str, Member]], data: mmap.mmap | bytes) -> np.ndarray:
+    """The records of samples with the places of their other members."""
+    counts = Counter(suffix for fields in others for suffix in fields if SUFFIX.fullmatch(suffix))
+    suffixes = sorted(sorted(counts, key=lambda suffix: (-counts[suffix], suffix))[:MOST_EXTRAS])
+
+    def place(item: Member | None) -> tuple[int, int, int]:
+        return (item.offset, item.size, zlib.crc32(data[item.offset : item.offset + item.size])) if item else (0, 0, 0)
+
+    whole = [
+        (*row[:-1], *(place(fields.get(suffix)) for suffix in suffixes), row[-1])
+        for row, fields in zip(rows, others, strict=True)
+    ]
+    return np.array(whole, dtype=record_type(max((len(row[-1]) for row in rows), default=1), suffixes))
 
 
 def index_tar(

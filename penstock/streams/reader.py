@@ -73,6 +73,14 @@ class ShardReader:
             int(row["crc"]),
         )
 
+    def row(self, shard: int, sample: int) -> np.void:
+        """All that the index knows of a sample (`penstock.streams.index`)."""
+        return self._opened(shard).index[sample]
+
+    def names(self, shard: int) -> tuple[str, ...]:
+        """The columns of a shard's index."""
+        return self._opened(shard).index.dtype.names or ()
+
     def column(self, shard: int, name: str) -> np.ndarray:
         """A field of the index for all samples of a shard, as a copy."""
         return np.array(self._opened(shard).index[name])
