@@ -161,7 +161,8 @@ class Viewer:
     def _batch(self, positions: np.ndarray) -> Batch:
         # The number of the step, which nothing here depends on, is left at 0.
         micro = self.stream.micro(positions, self.knobs(int(positions[0])))
-        return assemble(micro, self.stream.images, self.stream.augment, self.recipe.seed)
+        batch = assemble(micro, self.stream.images, self.stream.augment, self.recipe.seed)
+        return batch if self.stream.after is None else self.stream.after(batch, micro)
 
     def _in_words(self, target: torch.Tensor) -> list[str]:
         shares, classes = target.sort(descending=True)

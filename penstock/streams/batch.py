@@ -1,6 +1,7 @@
 """What a stream hands to the loop."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ class Batch:
     begin: int = 0  # position of the first sample that any rank has in this micro-batch
     faults: list[dict] = field(default_factory=list)  # per slot of weight 0: position, shard, key, kind, reason
     ids: Tensor | None = None  # int64 [B], the bits of the samples' 64-bit ids; for the epoch's digest
-    extra: dict[str, Tensor] = field(default_factory=dict)  # [B, ...], what a sidecar holds of the views
+    extra: dict[str, Tensor] = field(default_factory=dict)  # [B, ...], what a sidecar or a stage gave
+    members: dict[str, list[Any]] = field(default_factory=dict)  # B values, of any type; None where there is none
     timing: dict[str, float] = field(default_factory=dict)  # what making it took (penstock/streams/timing.py)
 
     def __len__(self) -> int:

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator
 
 from penstock.errors import InputError
 from penstock.recipe import Block
+from penstock.streams.extras import check_names
 from penstock.streams.manifest import Manifest
 from penstock.streams.part import Part, parse_labels
 from penstock.streams.reader import ShardReader
@@ -30,6 +31,12 @@ class Data:
         decode: Literal["smaller", "whole"] = Field(
             "smaller", description="smaller: large JPEGs at 1/2, 1/4 or 1/8 where no view needs more"
         )
+        extra: dict[str, str] = Field(
+            {}, description="members handed over beside the views, suffix by name: {caption: txt, boxes: json}"
+        )
+        stages: list[str] = Field(
+            [], description="own functions, package.module:name, from an iterator of samples to one; run in the workers"
+        )
         max_bad: float = Field(0.001, ge=0, le=1, description="share of unreadable samples above which a run stops")
         ledger: bool = Field(False, description="record every sample consumed in the run folder")
         lanes: int = Field(64, ge=1, description="places of the data read side by side; best a multiple of the ranks")
@@ -42,6 +49,22 @@ class Data:
             if rule is not None:
                 parse_labels(rule)
             return rule
+
+        @field_validator("extra")
+        @classmethod
+        def _members(cls, wanted: dict[str, str]) -> dict[str, str]:
+            check_names(wanted)
+            return wanted
+
+        @field_validator("stages")
+        @classmethod
+        def _found(cls, addresses: list[str]) -> list[str]:
+            if addresses:  # what reads samples is not loaded for recipes without
+                from penstock.streams.stages import resolve
+
+                for address in addresses:
+                    resolve(address)
+            return addresses
 
         @field_validator("train", "val")
         @classmethod

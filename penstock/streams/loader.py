@@ -24,6 +24,7 @@ from penstock.streams.batch import Batch
 from penstock.streams.images import Images, Sample
 from penstock.streams.reader import Fault
 from penstock.streams.sidecar import Sidecar
+from penstock.streams.stages import After
 from penstock.streams.timing import AUGMENT, SAMPLES, since
 
 POOL = 0x9001 << 44  # keys of a fixed pool's views begin with it, which no position does
@@ -60,7 +61,7 @@ def assemble(micro: Micro, images: Images, augment: Augment, seed: int, sidecar:
     size = int(micro.knobs["size"])
     slots: list[list[torch.Tensor | None]] = [[] for _ in range(augment.views)]
     faults = []
-    with _generators_kept():
+    with generators_kept():
         for slot, (position, shard) in enumerate(zip(micro.positions.tolist(), micro.shards.tolist(), strict=True)):
             sample, key = decoded.sample(slot)
             if sidecar is not None:
@@ -194,11 +195,12 @@ def open_loader(
     prefetch: int,
     device_type: str,
     sidecar: Sidecar | None = None,
+    after: After | None = None,
 ) -> Iterator[Batch]:
     """Batches of the plan in order. Micro-batch t is made by worker t % workers, so `in_order` keeps their sequence."""
     leaving = mmap.mmap(-1, 1)  # one byte that forks share
     loader = DataLoader(
-        _Planned(plan, images, augment, seed, sidecar),
+        _Planned(plan, images, augment, seed, sidecar, after),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
@@ -216,14 +218,24 @@ def open_loader(
 
 
 class _Planned(IterableDataset):
-    def __init__(self, plan: Plan, images: Images, augment: Augment, seed: int, sidecar: Sidecar | None):
-        self.plan, self.images, self.augment, self.seed, self.sidecar = plan, images, augment, seed, sidecar
+    def __init__(
+        self,
+        plan: Plan,
+        images: Images,
+        augment: Augment,
+        seed: int,
+        sidecar: Sidecar | None,
+        after: After | None,
+    ):
+        self.plan, self.images, self.augment, self.seed = plan, images, augment, seed
+        self.sidecar, self.after = sidecar, after
 
     def __iter__(self) -> Iterator[Batch]:
         worker: Any = get_worker_info()
         number, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         while (micro := self.plan.micro(number)) is not None:
-            yield assemble(micro, self.images, self.augment, self.seed, self.sidecar)
+            batch = assemble(micro, self.images, self.augment, self.seed, self.sidecar)
+            yield batch if self.after is None else self.after(batch, micro)
             number += stride
 
 
@@ -234,7 +246,7 @@ def _stack(slot: list[torch.Tensor | None], shape: tuple[int, ...]) -> torch.Ten
 
 
 @contextmanager
-def _generators_kept() -> Iterator[None]:
+def generators_kept() -> Iterator[None]:
     """Augmentation seeds the global generators; the training's own draws must not notice."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     try:

@@ -1,6 +1,6 @@
 """The endless training stream of one rank."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from penstock.streams.manifest import Manifest
 from penstock.streams.order import Order
 from penstock.streams.part import Part
 from penstock.streams.sidecar import Sidecar
+from penstock.streams.stages import After, Stage
 
 QUARTERS = 4
 WORDS = {
@@ -41,6 +42,7 @@ class TrainStream:
         growth: while views are smaller than at the run's end, a step takes up to this many times the batch, so that
             its number of pixels stays about the same; in quarters of the batch, and the run ends on the same sample.
         sidecar: hands over what it holds of each view of the fixed pool (`data.pool`), as `Batch.extra`.
+        stages: run on every sample after augmentation and those of the recipe (penstock/streams/stages.py).
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class TrainStream:
         size_multiple: int = 1,
         growth: float = 1.0,
         sidecar: Sidecar | None = None,
+        stages: Sequence[Stage] = (),
     ):
         assert sidecar is None or data.pool is not None, "views that never come again have nothing beside them"
         _check_divisible(batch, accumulation, world, growth)
@@ -68,6 +71,9 @@ class TrainStream:
         self.order = Order(self.part.sizes, seed, data.block, data.lanes, data.window)
         self.batch, self.accumulation, self.rank, self.world = batch, accumulation, rank, world
         self.clock, self.size_multiple, self.growth, self.sidecar = clock, size_multiple, growth, sidecar
+        self.after = After.of(self.images, data.extra, [*data.stages, *stages], seed)
+        if sidecar is not None and (data.stages or stages):
+            raise InputError("data.stages: a teacher's stored answers are for views that no stage changed; remove them")
 
     @property
     def samples_per_epoch(self) -> int:
@@ -133,6 +139,7 @@ class TrainStream:
             self.config.prefetch,
             self.device_type,
             self.sidecar,
+            self.after,
         )
 
     def micro(self, positions: np.ndarray, knobs: Mapping[str, float], step: int = 0, begin: int = 0) -> Micro:
