@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
+from penstock.augment import is_side
 from penstock.backbones import names
-from penstock.schedule import Clock, trace
+from penstock.schedule import Clock, knobs_of, trace
 
 PROBE = Clock(total=10_000, batch=1, epoch=1000)  # any run shows which values a curve starts and ends with
 
@@ -23,8 +24,9 @@ def patches_divide(recipe: Any) -> Iterator[str]:
     patch = names.patch_of(name, recipe.backbone.options) if names.takes_any_size(name) else None
     if patch is None:
         return
-    points = trace({"size": recipe.augment.size}, PROBE)["size"]
-    sizes = {"augment.size": {points[0][1], points[-1][1]}, "monitor.size": {recipe.monitor.size or patch[0]}}
+    sides = {f"augment.{knob}": value for knob, value in knobs_of(recipe.augment).items() if is_side(knob)}
+    sizes = {key: {points[0][1], points[-1][1]} for key, points in trace(sides, PROBE).items()}
+    sizes["monitor.size"] = {recipe.monitor.size or patch[0]}
     for key, values in sizes.items():
         for size in sorted(values):
             side = next((side for side in patch if size % side), None)

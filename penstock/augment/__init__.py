@@ -13,6 +13,11 @@ AUGMENTATIONS = Registry("penstock.augment")
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 
+def is_side(knob: str) -> bool:
+    """Whether a knob of an augmentation is a side in pixels, by its name."""
+    return knob == "size" or knob.endswith("_size")
+
+
 class Whole(NamedTuple):
     """The image that a smaller one was decoded from: pixel i of that one covers factor * i to factor * (i + 1)."""
 
@@ -22,15 +27,19 @@ class Whole(NamedTuple):
 
 
 class Augment(Protocol):
-    """What a stream needs. The config's fields typed `Knob`, `size` among them, may follow curves."""
+    """What a stream needs. The config's fields typed `Knob`, `size` among them, may follow curves.
+
+    A knob that is a side in pixels (`is_side`) comes as a whole number, and from a curve as a multiple of what the
+    backbone needs.
+    """
 
     config: Any
-    views: int
+    views: int  # of each image; of the class, unless the config decides
 
     def view(self, image: "np.ndarray", index: int, knobs: Mapping[str, float]) -> "Tensor":
         """View number `index` of an image, uint8 [H, W, C] to uint8 [C, size, size].
 
-        `knobs` holds what the config's knobs are worth at this step; `size` is a whole number.
+        `knobs` holds what the config's knobs are worth at this step. Views of other sizes are told by `Sized`.
 
         Draws come from torch's, Python's or NumPy's global generator, which the caller seeds for each view. The image
         may be shared and must not be changed.
@@ -39,11 +48,31 @@ class Augment(Protocol):
 
 
 @runtime_checkable
+class Sized(Augment, Protocol):
+    """An augmentation whose views differ in size."""
+
+    def side(self, index: int, knobs: Mapping[str, float]) -> int:
+        """Side of view number `index` in pixels."""
+        ...
+
+
+def side_of(augment: Augment, index: int, knobs: Mapping[str, float]) -> int:
+    """Side of view number `index` in pixels; where an augmentation does not say, all have the knob `size`."""
+    return augment.side(index, knobs) if isinstance(augment, Sized) else int(knobs["size"])
+
+
+def views_of(config: Any) -> int:
+    """How many views of each image an augmentation of this config makes."""
+    kind = AUGMENTATIONS.get(config.name)
+    return kind.views if hasattr(kind, "views") else kind(config).views
+
+
+@runtime_checkable
 class Boxed(Augment, Protocol):
     """An augmentation that can say beforehand what it needs of an image, which may then be decoded smaller."""
 
     def box(self, height: int, width: int, index: int, knobs: Mapping[str, float]) -> Box:
-        """What `view` will resize to about [size, size], of an image of this size.
+        """What `view` will resize to about its own size, of an image of this size.
 
         The generators are seeded as for `view`, which draws the same box.
         """

@@ -70,13 +70,15 @@ def _views(viewer: "Viewer", epoch: int, samples: int, count: int) -> Iterator["
 
 
 def _cell(viewer: "Viewer", view: "View") -> "Cell":
+    from penstock.augment import side_of
     from penstock.augment._sheet import Cell
 
     knobs = viewer.knobs(view.position)
     number = f", view {view.number}" if viewer.stream.augment.views > 1 else ""
     strength = f", strength {knobs['strength']:.2g}" if "strength" in knobs else ""
     where = f"epoch {view.position // viewer.round}, position {view.position}"
-    return Cell(view.pixels, (where, f"{knobs['size']:.0f} px{strength}{number}"), view.reason)
+    size = side_of(viewer.stream.augment, view.number, knobs)
+    return Cell(view.pixels, (where, f"{size} px{strength}{number}"), view.reason)
 
 
 def _mixed(viewer: "Viewer", epoch: int, columns: int) -> Iterator["Row"]:

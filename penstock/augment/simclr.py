@@ -1,14 +1,14 @@
 """SimCLR's two views (Chen et al. 2020, appendix A)."""
 
-import random
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
 from torch import Tensor
 
 from penstock.augment import Box, Whole, _pixels
+from penstock.augment._distort import Jitter, distort
 from penstock.recipe import Block
 from penstock.schedule import Knob
 
@@ -41,38 +41,8 @@ class SimCLR:
         size = int(knobs["size"])
         options = self.config
         view = _pixels.crop_flip(image, size, options.scale, options.ratio, options.interpolation, options.flip, whole)
-        if len(view) == 3:
-            view = view.contiguous()
-            if random.random() < options.jitter:
-                view = _jitter(view, options.strength)
-            if random.random() < options.grayscale:
-                view = _colours().rgb_to_grayscale_image(view, num_output_channels=3)
-        if random.random() < options.blur:
-            view = _pixels.gaussian_blur(view, random.uniform(0.1, 2.0), kernel=max(3, int(size * 0.1) // 2 * 2 + 1))
-        if index == 1 and random.random() < options.solarize:
-            view = _colours().solarize_image(view, 128)
-        return view
-
-
-def _colours() -> Any:
-    """torchvision's functions, loaded when pixels are at hand: a recipe is checked without them."""
-    import torchvision.transforms.v2.functional
-
-    return torchvision.transforms.v2.functional
-
-
-def _jitter(view: Tensor, strength: float) -> Tensor:
-    """Brightness, contrast, saturation and hue in random order."""
-    most = 0.8 * strength
-    factors = [random.uniform(max(0.0, 1 - most), 1 + most) for _ in range(3)]
-    hue = random.uniform(-0.2 * strength, 0.2 * strength)
-    changes = [
-        lambda pixels: _colours().adjust_brightness_image(pixels, factors[0]),
-        lambda pixels: _colours().adjust_contrast_image(pixels, factors[1]),
-        lambda pixels: _colours().adjust_saturation_image(pixels, factors[2]),
-        lambda pixels: _pixels.shift_hue(pixels, hue),
-    ]
-    random.shuffle(changes)
-    for change in changes:
-        view = change(view)
-    return view
+        solarize = options.solarize if index == 1 else 0.0
+        kernel = max(3, int(size * 0.1) // 2 * 2 + 1)
+        return distort(
+            view, Jitter.of(options.strength), options.jitter, options.grayscale, options.blur, kernel, solarize
+        )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from penstock.augment import Augment
+from penstock.augment import Augment, is_side
 from penstock.schedule import Clock, knobs_of, value_at
 from penstock.splitmix import key
 from penstock.streams.batch import Batch
@@ -56,7 +56,7 @@ class EvalStream:
         self.first = np.cumsum([0, *(shard.samples for shard in images.manifest.shards)])
         end = clock or Clock(1, 1, 1)
         self.knobs = {name: value_at(knob, end.total, end) for name, knob in knobs_of(augment.config).items()}
-        self.knobs["size"] = round(self.knobs["size"])
+        self.knobs |= {name: round(value) for name, value in self.knobs.items() if is_side(name)}
 
     @property
     def samples(self) -> int:

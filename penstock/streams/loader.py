@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from penstock.augment import Augment, Boxed
+from penstock.augment import Augment, Boxed, side_of
 from penstock.keyed import seed_sample
 from penstock.streams.batch import Batch
 from penstock.streams.images import Images, Sample
@@ -58,7 +58,7 @@ def assemble(micro: Micro, images: Images, augment: Augment, seed: int, sidecar:
     decoded, before, augmenting = _Decoded(micro, images, augment, seed), images.counters, 0.0
     samples: list[Sample] = []
     beside: list[Mapping[str, np.ndarray]] = []
-    size = int(micro.knobs["size"])
+    sides = [side_of(augment, view, micro.knobs) for view in range(augment.views)]
     slots: list[list[torch.Tensor | None]] = [[] for _ in range(augment.views)]
     faults = []
     with generators_kept():
@@ -84,7 +84,7 @@ def assemble(micro: Micro, images: Images, augment: Augment, seed: int, sidecar:
                     views.append(augment.view(sample.image, view, micro.knobs))
             augmenting += perf_counter() - began
     return Batch(
-        views=[_stack(views, (images.channels, size, size)) for views in slots],
+        views=[_stack(views, (images.channels, side, side)) for views, side in zip(slots, sides, strict=True)],
         labels=torch.tensor([sample.label for sample in samples]),
         weights=torch.tensor([float(sample.image is not None) for sample in samples]),
         positions=torch.from_numpy(micro.positions),
@@ -158,14 +158,17 @@ def largest_factor(augment: Boxed, knobs: Mapping[str, float], keys: Iterable[Ke
     Args:
         keys: of the random numbers of all servings that are decoded alike.
     """
-    size, least = int(knobs["size"]), min(height, width)
-    if least < 2 * size:
+    sides = [side_of(augment, view, knobs) for view in range(augment.views)]
+    least = min(height, width)
+    if least < 2 * max(sides):
         return 1  # spares the draws
+    room = [least] * len(sides)  # the least side of a box, per view
     for key in keys:
-        for view in range(augment.views):
+        for view in range(len(sides)):
             seed_sample(*key, view)
-            least = min(least, *augment.box(height, width, view, knobs)[2:])
-    return next((factor for factor in (8, 4, 2) if factor * size <= least), 1)
+            room[view] = min(room[view], *augment.box(height, width, view, knobs)[2:])
+    fits = (factor for factor in (8, 4, 2) if all(factor * side <= r for side, r in zip(sides, room, strict=True)))
+    return next(fits, 1)
 
 
 def _beside(sidecar: Sidecar, micro: Micro, slot: int, sample: Sample) -> tuple[Sample, Mapping[str, np.ndarray]]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from penstock.augment import Augment
+from penstock.augment import Augment, is_side
 from penstock.errors import InputError
 from penstock.schedule import Clock, knobs_of, value_at
 from penstock.streams.batch import Batch
@@ -105,12 +105,13 @@ class TrainStream:
 
     def knobs_at(self, position: int) -> dict[str, float]:
         """The augmentation's knobs for the step that begins at a sample position."""
-        found = {
-            name: value_at(knob, position / self.batch, self.clock)
+        time = position / self.batch
+        return {
+            name: side_at(knob, time, self.clock, self.size_multiple)
+            if is_side(name)
+            else value_at(knob, time, self.clock)
             for name, knob in knobs_of(self.augment.config).items()
         }
-        found["size"] = side_at(self.augment.config.size, position / self.batch, self.clock, self.size_multiple)
-        return found
 
     def batch_at(self, position: int) -> int:
         """Samples of the step that begins at a sample position."""

@@ -70,9 +70,9 @@ class SimCLR(Task):
 
     @classmethod
     def conflicts(cls, recipe: Any) -> list[str]:
-        from penstock.augment import AUGMENTATIONS
+        from penstock.augment import views_of
 
-        views = AUGMENTATIONS.get(recipe.augment.name).views
+        views = views_of(recipe.augment)
         if views == 2:
             return []
         return [f"augment.name: simclr compares two views, and {recipe.augment.name} makes {views}; set augment=simclr"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from penstock.augment import AUGMENTATIONS
+from penstock.augment import AUGMENTATIONS, views_of
 from penstock.backbones import Backbone
 from penstock.errors import InputError
 from penstock.recipe import Source, check
@@ -70,7 +70,7 @@ def task_of(recipe: Pretrain, seed: int = 0) -> Task:
 def batch_of(recipe: Pretrain, positions: list[int], bad: tuple[int, ...] = (), noise_in_bad: int = 0) -> Batch:
     """Images that are a function of their positions; at the positions `bad`, of `noise_in_bad` and weight 0."""
     views = []
-    for view in range(AUGMENTATIONS.get(recipe.augment.name).views):
+    for view in range(views_of(recipe.augment)):
         rows = [
             torch.Generator().manual_seed(1000 * view + 7 * p + (noise_in_bad if p in bad else 0)) for p in positions
         ]

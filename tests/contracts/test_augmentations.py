@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from penstock.augment import AUGMENTATIONS, Boxed, Whole
+from penstock.augment import AUGMENTATIONS, Boxed, Sized, Whole, is_side, side_of, views_of
 from penstock.keyed import seed_sample
 from penstock.schedule import knobs_of
 
@@ -19,7 +19,9 @@ def augment(request):
     config = kind.Config()
     assert config.name == request.param
     assert "size" in knobs_of(config)
-    return kind(config)
+    made = kind(config)
+    assert made.views == views_of(config)
+    return made
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -27,11 +29,13 @@ def test_shape_and_type(augment, shape):
     image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     before = image.copy()
     knobs = knobs_of(augment.config)
+    assert isinstance(augment, Sized) or [name for name in knobs if is_side(name)] == ["size"]
     for size in (16, 32):
         for index in range(augment.views):
             seed_sample(0, 0, index)
-            view = augment.view(image, index, {**knobs, "size": size})
-            assert (view.dtype, tuple(view.shape)) == (torch.uint8, (shape[2], size, size))
+            now = {**knobs, "size": size}
+            view, side = augment.view(image, index, now), side_of(augment, index, now)
+            assert (view.dtype, tuple(view.shape)) == (torch.uint8, (shape[2], side, side))
     assert np.array_equal(image, before)
 
 

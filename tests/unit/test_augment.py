@@ -94,7 +94,7 @@ def test_simclr_jitter_is_torchvisions_in_the_drawn_order():
 
 def test_simclr_operations_happen_as_often_as_asked():
     counts = dict.fromkeys(["_jitter", "rgb_to_grayscale_image", "gaussian_blur", "solarize_image"], 0)
-    import penstock.augment.simclr as module
+    import penstock.augment._distort as module
 
     def counted(owner, name):
         original = getattr(owner, name)
