@@ -6,10 +6,12 @@ A set is a folder with `manifest.json`, tars, and an index beside each tar (see 
 import hashlib
 import json
 import re
+import stat
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 from penstock.errors import InputError
 from penstock.streams.atomic import replacing
@@ -17,10 +19,13 @@ from penstock.streams.atomic import replacing
 MANIFEST = "manifest.json"
 PLAN = ".pack-plan.json"  # written first and removed last by `penstock.streams.pack`
 VERSION = 1
+ALL_FILES = 10_000  # shards up to which each one's files are looked at before a run; of more, some of every part
+PLAIN_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
+SHA256 = re.compile("[0-9a-f]{64}")
 REMEDY = "; make it with `penstock shards pack SOURCE DEST`, or `penstock shards index FOLDER` for tars made elsewhere"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
     """One tar and its index, by names relative to the manifest; sizes in bytes, sums in hexadecimal."""
 
@@ -45,12 +50,14 @@ class Manifest:
     version: int = VERSION
     root: Path = field(default=Path(), compare=False)
 
+    _recent: ClassVar[dict[tuple[str, bytes], "Manifest"]] = {}  # a run opens its sets several times
+
     @classmethod
     def load(cls, folder: str | Path) -> "Manifest":
         """Read and check `folder/manifest.json`. Raises InputError when it is absent, damaged or unsafe."""
         path = Path(folder) / MANIFEST
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            raw = path.read_bytes()
         except FileNotFoundError:
             state = (
                 "an unfinished pack (run the same pack command again)"
@@ -59,7 +66,21 @@ class Manifest:
             )
             what = f"has {state}" if path.parent.is_dir() else "is not a folder"
             raise InputError(f"{folder} {what}{REMEDY}") from None
-        except (OSError, ValueError, RecursionError) as error:
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error}{REMEDY}") from None
+        known = str(path), hashlib.sha256(raw).digest()
+        if known not in cls._recent:
+            manifest = cls._parsed(path, raw)
+            while len(cls._recent) >= 4:
+                cls._recent.pop(next(iter(cls._recent)))
+            cls._recent[known] = manifest
+        return cls._recent[known]
+
+    @classmethod
+    def _parsed(cls, path: Path, raw: bytes) -> "Manifest":
+        try:
+            content = json.loads(raw.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path} cannot be read: {error}{REMEDY}") from None
         if isinstance(content, dict) and content.get("version", VERSION) != VERSION:
             raise InputError(f"{path} has version {content['version']}; this Penstock reads version {VERSION}")
@@ -73,7 +94,10 @@ class Manifest:
                 pack=content["pack"],
                 root=path.parent,
             )
-            intact = manifest.identity == content["identity"]
+            identity = content["identity"]
+            del content  # a set of many shards takes as much memory again
+            intact = manifest.identity == identity
+            wrong = manifest._wrong()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path} is not a manifest ({type(error).__name__}: {error}){REMEDY}") from None
         if not intact:
@@ -82,6 +106,8 @@ class Manifest:
             for name in (shard.name, shard.index):
                 if not safe_name(name):
                     raise InputError(f"{path} names {name!r}, outside its folder; such a manifest is not used")
+        if wrong:
+            raise InputError(f"{path} is not a manifest: {wrong}{REMEDY}")
         return manifest
 
     def save(self, folder: str | Path) -> None:
@@ -90,11 +116,31 @@ class Manifest:
         with replacing(Path(folder) / MANIFEST) as file:
             file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """SHA-256 in hexadecimal of all that defines the data."""
         canonical = json.dumps(self._content(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def _wrong(self) -> str:
+        """What cannot be in a manifest that fits its checksum; empty when all is well."""
+        for shard in self.shards:
+            if not (_count(shard.samples) and _count(shard.bytes)):
+                return f"{shard.name} has {shard.samples!r} samples in {shard.bytes!r} bytes"
+            if not (SHA256.fullmatch(shard.sha256) and SHA256.fullmatch(shard.index_sha256)):
+                return f"the checksums of {shard.name} are no SHA-256"
+        files = {name for shard in self.shards for name in (shard.name, shard.index)}
+        if len(files) < 2 * len(self.shards):
+            return "a file is named twice"
+        if not _count(self.samples) or self.samples == 0 or self.samples != sum(shard.samples for shard in self.shards):
+            return f"it counts {self.samples!r} samples, and its shards {sum(shard.samples for shard in self.shards)}"
+        if self.classes is not None and not all(isinstance(name, str) for name in self.classes):
+            return "class names are text"
+        if not all(label >= 0 and _count(count) for label, count in self.class_counts.items()) or self.unlabelled < 0:
+            return "its classes are counted wrongly"
+        if not isinstance(self.pack, dict) or not 0 <= self.digest_of_ids < 1 << 64:
+            return "it does not say how it was packed, or its digest is no number of 64 bits"
+        return ""
 
     def _content(self) -> dict[str, Any]:
         return {
@@ -103,8 +149,13 @@ class Manifest:
             "classes": None if self.classes is None else list(self.classes),
             "class_counts": {str(label): count for label, count in sorted(self.class_counts.items())},
             "digest_of_ids": f"{self.digest_of_ids:016x}",  # text: readers in other languages lose bits above 2^53
-            "shards": [asdict(shard) for shard in self.shards],
+            "shards": [{name: getattr(shard, name) for name in Shard.__slots__} for shard in self.shards],
         }
+
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """Suffixes that are no image of a sample though they may look like one."""
+        return tuple(self.pack.get("extra", ()))
 
     @property
     def unlabelled(self) -> int:
@@ -117,15 +168,18 @@ class Manifest:
         return self.classes[label] if self.classes and label < len(self.classes) else str(label)
 
     def check_files(self) -> None:
-        """Raise InputError naming every shard or index that is missing or has another size; reads no content."""
+        """Raise InputError naming every shard or index that is missing or has another size; reads no content.
+
+        Of a set with very many shards, those in between are only checked when they are opened.
+        """
         wrong = []
-        for shard in self.shards:
-            path = self.root / shard.name
-            if not path.is_file():
+        for shard in self.shards[:: -(-len(self.shards) // ALL_FILES) or 1]:
+            size = _size(self.root / shard.name)
+            if size is None:
                 wrong.append(f"{shard.name} is missing")
-            elif path.stat().st_size != shard.bytes:
-                wrong.append(f"{shard.name} has {path.stat().st_size:,} bytes instead of {shard.bytes:,}")
-            if not (self.root / shard.index).is_file():
+            elif size != shard.bytes:
+                wrong.append(f"{shard.name} has {size:,} bytes instead of {shard.bytes:,}")
+            if _size(self.root / shard.index) is None:
                 wrong.append(f"{shard.index} is missing")
         if wrong:
             more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
@@ -161,6 +215,8 @@ class Manifest:
 
 def safe_name(name: Any) -> bool:
     """Whether a file name of a manifest or tar stays inside its folder and cannot be taken for an address."""
+    if isinstance(name, str) and PLAIN_NAME.fullmatch(name):
+        return True
     path = PurePosixPath(str(name))
     return (
         isinstance(name, str)
@@ -169,6 +225,19 @@ def safe_name(name: Any) -> bool:
         and ".." not in path.parts
         and not re.search(r"[\x00-\x1f\\]|^[a-z]+:", name)
     )
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and value >= 0  # JSON's true is an int to Python
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a file; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def _brief(classes: tuple[str, ...] | None) -> str:

@@ -123,8 +123,11 @@ def member_at(data: mmap | bytes, position: int, last: str) -> Member:
 
 
 def _header(data: mmap | bytes, position: int, last: str) -> tarfile.TarInfo:
+    block = data[position : position + BLOCK]
+    if len(block) < BLOCK:
+        raise TarError(f"the tar ends after {last} within a header: it was cut short", len(data))
     try:
-        return tarfile.TarInfo.frombuf(data[position : position + BLOCK], "utf-8", "strict")
+        return tarfile.TarInfo.frombuf(block, "utf-8", "strict")
     except (tarfile.HeaderError, ValueError) as error:
         raise TarError(f"damaged header after {last} ({error})", position) from None
 
