@@ -23,6 +23,7 @@ from penstock.splitmix import splitmix64_array
 from penstock.streams.atomic import replacing
 from penstock.streams.encoded import EXTENSIONS, image_size
 from penstock.streams.manifest import Manifest, Shard
+from penstock.streams.storage import LocalStorage
 from penstock.streams.tar import Member, TarError, members
 
 FIELDS = [
@@ -66,9 +67,30 @@ def load_records(index: Path) -> np.ndarray:
         records = np.load(index, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # NumPy's parser raises nearly anything on a damaged header
         raise InputError(f"{index} cannot be read ({error}); `penstock shards verify` tells more") from None
-    if records.dtype.names is None or records.dtype.descr[: len(FIELDS)] != FIELDS or records.ndim != 1:
+    if not is_index(records):
         raise InputError(f"{index} is not an index; `penstock shards verify` tells more")
     return records
+
+
+def is_index(records: np.ndarray, tar_bytes: int | None = None) -> bool:
+    """Whether an array is an index, and, where a tar's length is given, all that it points at lies within."""
+    if records.dtype.names is None or records.ndim != 1:
+        return False
+    *columns, (last, kind) = [(name, records.dtype[name].str) for name in records.dtype.names]
+    extras = columns[len(FIELDS) :]
+    if columns[: len(FIELDS)] != FIELDS or last != "key" or kind[1] != "S":
+        return False
+    if not all(name.startswith(EXTRA) and records.dtype[name] == np.dtype(PLACE) for name, _ in extras):
+        return False
+    try:
+        b"\n".join(records["key"].tolist()).decode()
+    except UnicodeDecodeError:
+        return False
+    places = [records, *(records[name] for name, _ in extras)]
+    return tar_bytes is None or all(
+        bool(((place["offset"] <= tar_bytes) & (place["size"] <= tar_bytes - place["offset"])).all())
+        for place in places
+    )
 
 
 @dataclass
@@ -271,13 +293,13 @@ def collect(root: Path, parts: list[Indexed], classes: tuple[str, ...] | None, p
         class_counts=dict(sorted(counts.items())),
         digest_of_ids=digest_of(np.concatenate([part.ids for part in parts])),
         pack=pack,
-        root=root,
+        storage=LocalStorage(root),
     )
-    _refuse_twins(manifest, parts)
+    _refuse_twins(root, parts)
     return manifest
 
 
-def _refuse_twins(manifest: Manifest, parts: list[Indexed]) -> None:
+def _refuse_twins(root: Path, parts: list[Indexed]) -> None:
     ids = np.concatenate([part.ids for part in parts])
     values, counts = np.unique(ids, return_counts=True)
     if (counts > 1).any():
@@ -285,9 +307,9 @@ def _refuse_twins(manifest: Manifest, parts: list[Indexed]) -> None:
         places = []
         for part in parts:
             if (part.ids == twin).any():
-                records = load_records(manifest.root / part.shard.index)
+                records = load_records(root / part.shard.index)
                 places.append(f"{records['key'][records['id'] == twin][0].decode()} in {part.shard.name}")
         raise InputError(
-            f"{manifest.root}: {int((counts > 1).sum())} keys name more than one sample, such as {', '.join(places)}; "
+            f"{root}: {int((counts > 1).sum())} keys name more than one sample, such as {', '.join(places)}; "
             "keys tell samples apart, so they must differ across shards, too"
         )

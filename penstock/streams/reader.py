@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import os
 import resource
 import weakref
 import zlib
@@ -13,19 +12,13 @@ from typing import ClassVar
 import numpy as np
 
 from penstock.errors import InputError
+from penstock.streams.index import is_index
 from penstock.streams.manifest import Manifest
+from penstock.streams.storage import Fault, File
 from penstock.streams.timing import BYTES
 
 REMEDY = "; copy or pack the set again, or see `penstock shards verify`"
 OPEN_SHARDS = 384  # of all readers of a process, two file descriptors each: below the usual limit of 1024
-
-
-class Fault(Exception):
-    """A sample cannot be read; the message is the reason, and `kind` a word to count it under."""
-
-    def __init__(self, reason: str, kind: str = "unreachable"):
-        super().__init__(reason)
-        self.kind = kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +35,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class _Open:
-    file: int
+    file: File
     index: np.ndarray
 
 
@@ -58,9 +51,14 @@ class ShardReader:
         self.manifest = manifest
         self._open: OrderedDict[int, _Open] = OrderedDict()  # the longest unused first
         self._checked: set[int] = set()
-        self.counters = {BYTES: 0.0}
+        self._bytes = 0.0
         self._all.add(self)
         weakref.finalize(self, _close, self._open)
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """Running counts (`penstock.streams.timing`)."""
+        return {BYTES: self._bytes} | self.manifest.storage.counters
 
     def record(self, shard: int, sample: int) -> Record:
         row = self._opened(shard).index[sample]
@@ -92,10 +90,10 @@ class ShardReader:
             Fault: the file is shorter than the index says, or the bytes are not those that were packed.
         """
         try:
-            data = os.pread(self._opened(shard).file, record.size, record.offset)
+            data = self._opened(shard).file.read(record.offset, record.size)
         except OSError as error:
             raise Fault(f"cannot be read: {error}") from error
-        self.counters[BYTES] += len(data)
+        self._bytes += len(data)
         if len(data) != record.size:
             raise Fault(f"the shard ends early: {len(data)} of {record.size} bytes", "short")
         if zlib.crc32(data) != record.crc:
@@ -126,18 +124,18 @@ class ShardReader:
 
     def _fresh(self, number: int) -> _Open:
         shard = self.manifest.shards[number]
-        path = self.manifest.root / shard.index
+        storage, path = self.manifest.storage, f"{self.manifest.root}/{shard.index}"
         try:
-            # First the checksum: NumPy's parser raises nearly anything on a damaged header.
+            local = storage.local(shard.index, shard.index_sha256)
             if number not in self._checked:
-                if hashlib.sha256(path.read_bytes()).hexdigest() != shard.index_sha256:
+                if hashlib.sha256(local.read_bytes()).hexdigest() != shard.index_sha256:
                     raise ValueError("it is not the index the manifest describes")
                 self._checked.add(number)
-            index = np.load(path, mmap_mode="r", allow_pickle=False)
-            if len(index) != shard.samples:
+            index = np.load(local, mmap_mode="r", allow_pickle=False)
+            if not is_index(index, shard.bytes) or len(index) != shard.samples:
                 raise ValueError("it is not the index the manifest describes")
-            return _Open(os.open(self.manifest.root / shard.name, os.O_RDONLY), index)
-        except (OSError, ValueError, EOFError) as error:
+            return _Open(storage.open(shard.name, shard.bytes, shard.sha256), index)
+        except Exception as error:  # NumPy's parser raises nearly anything on a damaged header
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
                 raise InputError(
                     f"{path}: too many files are open at once ({error.strerror}); raise the limit in the shell that "
@@ -149,7 +147,7 @@ class ShardReader:
 def _close(shards: OrderedDict[int, _Open], count: int | None = None) -> None:
     """Close those that were not used for longest; all without a count."""
     for _ in range(len(shards) if count is None else count):
-        os.close(shards.popitem(last=False)[1].file)
+        shards.popitem(last=False)[1].file.close()
 
 
 def _most_open() -> int:
