@@ -103,7 +103,10 @@ def _report(args: argparse.Namespace, pool: "Pool", written: "Written") -> int:
 
     cache, manifest = written.cache, written.manifest
     found = facts(pool, cache)
-    views, size = manifest.samples * cache.identity.pool, sum(_bytes(manifest.root, shard) for shard in manifest.shards)
+    views, size = (
+        manifest.samples * cache.identity.pool,
+        sum(_bytes(Path(manifest.root), shard) for shard in manifest.shards),
+    )
     these = "these views" if found.images + found.unreadable >= manifest.samples else f"{found.images:,} images' views"
     rate = f"{written.views / written.seconds:,.0f} a second" if written.views else "all were there"
     rows = [

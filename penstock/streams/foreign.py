@@ -2,21 +2,28 @@
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 
 from penstock.errors import InputError
 from penstock.progress import progress
 from penstock.streams import jobs
-from penstock.streams.index import Indexed, collect, index_name, index_tar
+from penstock.streams.index import Indexed, collect, index_name, index_tar, read_records
 from penstock.streams.manifest import MANIFEST, PLAN, Manifest
 
 NAMES_TEXT, NAMES_JSON = "classes.txt", "classes.json"
 
 
-def index_folder(folder: Path, workers: int, show: bool = True) -> tuple[Manifest, list[str]]:
+def index_folder(
+    folder: Path, workers: int, show: bool = True, extra: tuple[str, ...] = ()
+) -> tuple[Manifest, list[str]]:
     """Index every `.tar` in `folder`, in order of name, and write the manifest.
 
     Two of these at once are harmless: both write the same bytes, and every file appears whole.
+
+    Args:
+        extra: suffixes that are no image of the sample though they look like one, such as mask.png; when the folder
+            was indexed before, those of that time go on to hold.
 
     Returns:
         The manifest, and the keys of images whose headers cannot be read ("shard: key").
@@ -37,11 +44,13 @@ def index_folder(folder: Path, workers: int, show: bool = True) -> tuple[Manifes
     old = Manifest.load(folder) if (folder / MANIFEST).is_file() else None
     if old is not None:
         _refuse_changed(old, tars)
+        extra = tuple(sorted({*old.extra, *extra}))
     try:
         with progress("indexing", len(tars), show=show) as meter:
-            parts = jobs.run(_index_one, [(tar,) for tar in tars], workers, meter)
+            parts = jobs.run(_index_one, [(tar, extra) for tar in tars], workers, meter)
         classes = old.classes if old is not None else class_names(folder)
-        manifest = collect(folder, parts, classes, dict(old.pack) if old is not None else {"kind": "indexed"})
+        made = dict(old.pack) if old is not None else {"kind": "indexed"}
+        manifest = collect(folder, parts, classes, made | ({"extra": list(extra)} if extra else {}))
         if not manifest.samples:
             raise InputError(f"the tars in {folder} hold no samples")
         manifest.save(folder)
@@ -50,8 +59,8 @@ def index_folder(folder: Path, workers: int, show: bool = True) -> tuple[Manifes
     return manifest, [f"{part.shard.name}: {key}" for part in parts for key in part.unreadable]
 
 
-def _index_one(tar: Path, advance: jobs.Advance) -> Indexed:
-    indexed = index_tar(tar, tar.name, tar.with_name(index_name(tar.name)))
+def _index_one(tar: Path, extra: tuple[str, ...], advance: jobs.Advance) -> Indexed:
+    indexed = index_tar(tar, tar.name, tar.with_name(index_name(tar.name)), read=partial(read_records, extra=extra))
     advance(1)
     return indexed
 
@@ -85,5 +94,5 @@ def _refuse_changed(old: Manifest, tars: list[Path]) -> None:
                 if hashlib.file_digest(file, "sha256").hexdigest() != known[tar.name]:
                     raise InputError(
                         f"{tar} changed since {MANIFEST} was written; `penstock shards verify` tells what is damaged. "
-                        f"If the change is meant, delete {old.root / MANIFEST} and index again"
+                        f"If the change is meant, delete {old.root}/{MANIFEST} and index again"
                     )

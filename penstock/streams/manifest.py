@@ -1,12 +1,12 @@
 """The manifest of a shard set: what it holds, with checksums. Imports no torch, so checks stay quick.
 
-A set is a folder with `manifest.json`, tars, and an index beside each tar (see `penstock.streams.index`).
+A set is a folder, or an address of an object store, with `manifest.json`, tars, and an index beside each tar (see
+`penstock.streams.index`).
 """
 
 import hashlib
 import json
 import re
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 from penstock.errors import InputError
-from penstock.streams.atomic import replacing
+from penstock.streams.storage import LocalStorage, Storage, open_storage
 
 MANIFEST = "manifest.json"
 PLAN = ".pack-plan.json"  # written first and removed last by `penstock.streams.pack`
@@ -48,36 +48,40 @@ class Manifest:
     digest_of_ids: int  # sum of splitmix64(id) over samples, modulo 2^64
     pack: Mapping[str, Any] = field(default_factory=dict)
     version: int = VERSION
-    root: Path = field(default=Path(), compare=False)
+    storage: Storage = field(default_factory=lambda: LocalStorage(Path()), compare=False, repr=False)
 
-    _recent: ClassVar[dict[tuple[str, bytes], "Manifest"]] = {}  # a run opens its sets several times
+    _recent: ClassVar[dict[tuple[str, bytes, Any], "Manifest"]] = {}  # a run opens its sets several times
+
+    @property
+    def root(self) -> Path | str:
+        """Where the set lies, for people; a Path where that is a folder."""
+        return self.storage.shown
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Manifest":
-        """Read and check `folder/manifest.json`. Raises InputError when it is absent, damaged or unsafe."""
-        path = Path(folder) / MANIFEST
+    def load(cls, address: str | Path, remote: Any = None) -> "Manifest":
+        """Read and check `manifest.json`. Raises InputError when it is absent, damaged or unsafe.
+
+        Args:
+            remote: how to read an object store (penstock.streams.remote.Remote); None takes the defaults.
+        """
+        storage = open_storage(address, remote)
         try:
-            raw = path.read_bytes()
+            raw = storage.content(MANIFEST)
         except FileNotFoundError:
-            state = (
-                "an unfinished pack (run the same pack command again)"
-                if (path.parent / PLAN).is_file()
-                else "no manifest"
-            )
-            what = f"has {state}" if path.parent.is_dir() else "is not a folder"
-            raise InputError(f"{folder} {what}{REMEDY}") from None
+            raise InputError(f"{storage.shown} {_instead(storage)}{REMEDY}") from None
         except OSError as error:
-            raise InputError(f"{path} cannot be read: {error}{REMEDY}") from None
-        known = str(path), hashlib.sha256(raw).digest()
+            raise InputError(f"{storage.shown}/{MANIFEST} cannot be read: {error}{REMEDY}") from None
+        known = str(address), hashlib.sha256(raw).digest(), remote
         if known not in cls._recent:
-            manifest = cls._parsed(path, raw)
+            manifest = cls._parsed(storage, raw)
             while len(cls._recent) >= 4:
                 cls._recent.pop(next(iter(cls._recent)))
             cls._recent[known] = manifest
         return cls._recent[known]
 
     @classmethod
-    def _parsed(cls, path: Path, raw: bytes) -> "Manifest":
+    def _parsed(cls, storage: Storage, raw: bytes) -> "Manifest":
+        path = f"{storage.shown}/{MANIFEST}"
         try:
             content = json.loads(raw.decode("utf-8"))
         except (ValueError, RecursionError) as error:
@@ -92,7 +96,7 @@ class Manifest:
                 class_counts={int(label): count for label, count in content["class_counts"].items()},
                 digest_of_ids=int(content["digest_of_ids"], 16),
                 pack=content["pack"],
-                root=path.parent,
+                storage=storage,
             )
             identity = content["identity"]
             del content  # a set of many shards takes as much memory again
@@ -110,11 +114,11 @@ class Manifest:
             raise InputError(f"{path} is not a manifest: {wrong}{REMEDY}")
         return manifest
 
-    def save(self, folder: str | Path) -> None:
-        """Write `folder/manifest.json` atomically."""
+    def save(self, folder: str | Path | None = None) -> None:
+        """Write `manifest.json` atomically: where the set lies, or into another folder."""
         content = self._content() | {"pack": dict(self.pack), "identity": self.identity}
-        with replacing(Path(folder) / MANIFEST) as file:
-            file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+        storage = self.storage if folder is None else LocalStorage(Path(folder))
+        storage.write(MANIFEST, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
     @cached_property
     def identity(self) -> str:
@@ -173,13 +177,14 @@ class Manifest:
         Of a set with very many shards, those in between are only checked when they are opened.
         """
         wrong = []
-        for shard in self.shards[:: -(-len(self.shards) // ALL_FILES) or 1]:
-            size = _size(self.root / shard.name)
+        shards = self.shards[:: -(-len(self.shards) // ALL_FILES) or 1]
+        sizes = self.storage.sizes([name for shard in shards for name in (shard.name, shard.index)])
+        for shard, size, index in zip(shards, sizes[::2], sizes[1::2], strict=True):
             if size is None:
                 wrong.append(f"{shard.name} is missing")
             elif size != shard.bytes:
                 wrong.append(f"{shard.name} has {size:,} bytes instead of {shard.bytes:,}")
-            if _size(self.root / shard.index) is None:
+            if index is None:
                 wrong.append(f"{shard.index} is missing")
         if wrong:
             more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
@@ -231,13 +236,13 @@ def _count(value: Any) -> bool:
     return type(value) is int and value >= 0  # JSON's true is an int to Python
 
 
-def _size(path: Path) -> int | None:
-    """Bytes of a file; None where there is none."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_size if stat.S_ISREG(found.st_mode) else None
+def _instead(storage: Storage) -> str:
+    """What is there in place of a manifest."""
+    if isinstance(storage, LocalStorage) and not storage.folder.is_dir():
+        return "is not a folder"
+    if storage.sizes([PLAN]) != [None]:
+        return "has an unfinished pack (run the same pack command again)"
+    return "has no manifest"
 
 
 def _brief(classes: tuple[str, ...] | None) -> str:

@@ -50,11 +50,10 @@ def _chosen(manifest: Manifest, count: int) -> list[tuple[int, str, bytes]]:
         first += shard.samples
         if not mine:
             continue
-        records = load_records(manifest.root / shard.index)
-        with (manifest.root / shard.name).open("rb") as file:
-            for record in records[mine]:
-                file.seek(int(record["offset"]))
-                found.append((int(record["label"]), record["key"].decode(), file.read(int(record["size"]))))
+        records = load_records(manifest.storage.local(shard.index, shard.index_sha256))
+        for record in records[mine]:
+            data = manifest.storage.read(shard.name, int(record["offset"]), int(record["size"]))
+            found.append((int(record["label"]), record["key"].decode(), data))
     return found
 
 

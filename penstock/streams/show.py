@@ -36,7 +36,7 @@ def print_summary(manifest: Manifest) -> None:
 
 
 def _sizes(manifest: Manifest) -> dict[str, np.ndarray]:
-    parts = [load_records(manifest.root / shard.index) for shard in manifest.shards]
+    parts = [load_records(manifest.storage.local(shard.index, shard.index_sha256)) for shard in manifest.shards]
     return {name: np.concatenate([part[name] for part in parts]) for name in ("width", "height", "size")}
 
 

@@ -87,7 +87,7 @@ class PackedSidecar:
 
     def rows(self, shard: int, sample: int, key: str) -> np.ndarray:
         """A sample's table, [views] of `kind`. Raises Fault."""
-        where = f"its answers in {self._reader.manifest.root / self._reader.manifest.shards[shard].name}"
+        where = f"its answers in {self._reader.manifest.root}/{self._reader.manifest.shards[shard].name}"
         record = self._reader.record(shard, sample)
         if record.key != key:
             raise Fault(f"{where} are those of another sample, {record.key}", "no_answer")

@@ -21,17 +21,25 @@ MOST_ROWS = 50
 
 def verify(manifest: Manifest, decode_images: bool = True, workers: int = 1, show: bool = True) -> list[Damage]:
     """All that is wrong with a set; empty when it is whole."""
-    tasks = [(manifest.root, shard, decode_images) for shard in manifest.shards]
+    tasks = [(manifest.root, shard, decode_images, manifest.extra) for shard in manifest.shards]
     with progress("verifying", manifest.samples, show=show) as meter:
-        found = [damage for part in jobs.run(verify_shard, tasks, workers, meter) for damage in part]
+        found = [damage for part in jobs.run(_verify_one, tasks, workers, meter) for damage in part]
     known = {shard.name for shard in manifest.shards}
-    for tar in sorted(manifest.root.glob("*.tar")):
+    for tar in sorted(Path(manifest.root).glob("*.tar")):
         if tar.name not in known and not tar.name.startswith("."):
             found.append(Damage(tar.name, "", None, "is not in the manifest"))
     return found
 
 
-def verify_shard(root: Path, shard: Shard, decode_images: bool, advance: jobs.Advance) -> list[Damage]:
+def _verify_one(
+    root: Path, shard: Shard, decode_images: bool, extra: tuple[str, ...], advance: jobs.Advance
+) -> list[Damage]:
+    return verify_shard(root, shard, decode_images, advance, extra)
+
+
+def verify_shard(
+    root: Path, shard: Shard, decode_images: bool, advance: jobs.Advance, extra: tuple[str, ...] = ()
+) -> list[Damage]:
     """All that is wrong with a shard and its index."""
     tar = root / shard.name
     if not tar.is_file():
@@ -45,7 +53,7 @@ def verify_shard(root: Path, shard: Shard, decode_images: bool, advance: jobs.Ad
         if len(data) != shard.bytes:
             found.append(Damage(shard.name, "", None, f"has {len(data):,} bytes instead of {shard.bytes:,}"))
         changed = hashlib.sha256(data).hexdigest() != shard.sha256
-        records, wrong = _records(root, shard, data, changed)
+        records, wrong = _records(root, shard, data, changed, extra)
         found += wrong
         if records is None:
             advance(shard.samples)
@@ -61,7 +69,9 @@ def verify_shard(root: Path, shard: Shard, decode_images: bool, advance: jobs.Ad
     return found
 
 
-def _records(root: Path, shard: Shard, data: mmap.mmap, changed: bool) -> tuple[np.ndarray | None, list[Damage]]:
+def _records(
+    root: Path, shard: Shard, data: mmap.mmap, changed: bool, extra: tuple[str, ...]
+) -> tuple[np.ndarray | None, list[Damage]]:
     """The index to trust: the one on disk, or one made anew from an intact tar when that on disk is damaged."""
     path = root / shard.index
     if not path.is_file():
@@ -77,7 +87,7 @@ def _records(root: Path, shard: Shard, data: mmap.mmap, changed: bool) -> tuple[
         return None, [Damage(shard.index, "", None, wrong)]
     remedy = "; the tar is whole, so `penstock shards index` makes the index again"
     try:
-        records = read_records(data)
+        records = read_records(data, extra=extra)
     except TarError as error:
         return None, [Damage(shard.index, "", None, f"{wrong}; {error.message}")]
     if hashlib.sha256(npy_bytes(records)).hexdigest() != shard.index_sha256:
