@@ -6,6 +6,7 @@ from pathlib import Path
 
 from penstock.arguments import count
 from penstock.errors import DONE, INPUT_WRONG
+from penstock.streams import look
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -17,6 +18,8 @@ def add_commands(subparsers: argparse._SubParsersAction) -> None:
     _add_pack(commands.add_parser("pack", help="pack images into shards with a manifest", description=PACK))
     index = commands.add_parser("index", help="make manifest and index for tars made elsewhere", description=INDEX)
     index.add_argument("folder", metavar="FOLDER", type=Path)
+    says = "members that look like images and are none, such as mask.png; all others are found without"
+    index.add_argument("--extra", metavar="SUFFIXES", type=_suffixes, default=(), help=says)
     _add_workers(index)
     index.set_defaults(run=_index)
     verify = commands.add_parser("verify", help="find every damaged byte of a set", description=VERIFY)
@@ -29,6 +32,7 @@ def add_commands(subparsers: argparse._SubParsersAction) -> None:
     show.add_argument("--sheet", metavar="PNG", type=Path, help="write a picture of some images with their labels")
     show.add_argument("--images", type=int, default=64, help="images on the sheet (64)")
     show.set_defaults(run=_show)
+    look.add_commands(commands)
 
 
 PACK = """SOURCE is a folder of images (one folder per class, or images alone), torchvision:NAME[:SPLIT], a Parquet file
@@ -55,6 +59,8 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
     add("--no-shuffle", action="store_true", help="keep the order of the source")
     add("--limit", metavar="N", type=count, help="pack N images only; with the shuffle, N spread over all")
     add("--no-labels", action="store_true", help="pack images alone; folders are not classes")
+    says = "pack files beside each image with it: with txt,mask.png photo.txt and photo.mask.png go with photo.jpg"
+    add("--extra", metavar="SUFFIXES", type=_suffixes, default=(), help=says)
     add("--skip-bad", metavar="N", type=int, default=0, help="leave out up to N images that do not open, and list them")
     add("--size", metavar="PIXELS", type=count, default=16, help="digits: side of the images (16; bilinear from 8)")
     add("--root", metavar="FOLDER", type=Path, default=Path("data"), help="torchvision: where its datasets lie (data)")
@@ -80,6 +86,7 @@ def _pack(args: argparse.Namespace) -> int:
         image_column=args.image_column,
         label_column=args.label_column,
         labels=not args.no_labels,
+        extra=args.extra,
     )
     seed = None if args.no_shuffle else args.shuffle_seed
     request = Request(args.shard_size, args.samples_per_shard, seed, args.limit)
@@ -109,7 +116,7 @@ def _index(args: argparse.Namespace) -> int:
     from penstock.streams.foreign import index_folder
     from penstock.streams.jobs import available_cores
 
-    manifest, unreadable = index_folder(args.folder, args.workers or available_cores())
+    manifest, unreadable = index_folder(args.folder, args.workers or available_cores(), extra=args.extra)
     if unreadable:
         print(f"{len(unreadable)} images have headers that cannot be read:", *unreadable[:20], sep="\n  ")
     labels = "" if manifest.unlabelled == 0 else f", {manifest.unlabelled:,} of them without label"
@@ -145,6 +152,18 @@ def _show(args: argparse.Namespace) -> int:
         draw_sheet(manifest, args.sheet, args.images)
         print(f"sheet: {args.sheet}")
     return DONE
+
+
+def _suffixes(text: str) -> tuple[str, ...]:
+    from penstock.streams.tar import RUNS_CODE
+
+    found = tuple(dict.fromkeys(part.strip().lstrip(".").lower() for part in text.split(",")))
+    for suffix in found:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]{0,31}", suffix) or suffix == "cls":
+            raise argparse.ArgumentTypeError(f"{suffix!r} is no suffix of other members; write some as txt,mask.png")
+        if suffix.rsplit(".", 1)[-1] in RUNS_CODE:
+            raise argparse.ArgumentTypeError(f"{suffix} files are pickles, which can run code when they are read")
+    return found
 
 
 def _bytes(text: str) -> int:

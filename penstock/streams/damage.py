@@ -11,7 +11,7 @@ from mmap import mmap
 
 import numpy as np
 
-from penstock.streams.index import Sample, label_of
+from penstock.streams.index import EXTRA, Sample, label_of
 from penstock.streams.manifest import Shard
 from penstock.streams.tar import BLOCK, TarError, member_at, padded
 
@@ -54,6 +54,7 @@ def locate(shard: Shard, records: np.ndarray, data: mmap | bytes) -> list[Damage
             found.append(Damage(shard.name, key, offset, f"cut off: {len(payload):,} of {size:,} bytes are left"))
         elif zlib.crc32(payload) != record["crc"]:
             found.append(Damage(shard.name, key, offset, f"the image's {size:,} bytes differ from their checksum"))
+        found += _in_extras(shard.name, data, key, record)
         start, before = offset + size, key
     found += _in_gap(shard.name, data, Gap(start, shard.bytes, before, "", labels))
     if len(data) > shard.bytes:
@@ -62,6 +63,14 @@ def locate(shard: Shard, records: np.ndarray, data: mmap | bytes) -> list[Damage
         what = "bytes changed in members other than images and class numbers, which have no checksum of their own"
         found.append(Damage(shard.name, "", None, what))
     return found
+
+
+def _in_extras(file: str, data: mmap | bytes, key: str, record: np.void) -> Iterator[Damage]:
+    for name in (name for name in record.dtype.names or () if name.startswith(EXTRA)):
+        offset, size = int(record[name]["offset"]), int(record[name]["size"])
+        if offset and zlib.crc32(data[offset : offset + size]) != record[name]["crc"]:
+            what = f"the {size:,} bytes of its {name.removeprefix(EXTRA)} differ from their checksum"
+            yield Damage(file, key, offset, what)
 
 
 def _in_gap(file: str, data: mmap | bytes, gap: Gap) -> Iterator[Damage]:

@@ -11,7 +11,9 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,9 +27,9 @@ from penstock.streams.atomic import replacing, sync_folder, temporary
 from penstock.streams.claim import LOCK, claimed, full_disk_said
 from penstock.streams.decode import DecodeError
 from penstock.streams.encoded import storable
-from penstock.streams.index import Indexed, collect, index_name, index_tar, load_records
+from penstock.streams.index import Indexed, collect, index_name, index_tar, load_records, read_records
 from penstock.streams.manifest import MANIFEST, PLAN, Manifest
-from penstock.streams.sources import Item, Source
+from penstock.streams.sources import Item, Source, WithExtras
 from penstock.streams.tar import BLOCK, padded
 
 PLAN_VERSION = 1
@@ -84,7 +86,7 @@ def pack(
         parts = [part for part, _, _ in results if part is not None]
         if not parts:
             raise InputError(f"{address}: none of its {len(items)} images opens")
-        manifest = collect(dest, parts, source.classes, {"source": address, **plan, "skipped": bad})
+        manifest = collect(dest, parts, source.classes, {"source": address, **plan, **_extra(source), "skipped": bad})
         manifest.save(dest)
         (dest / PLAN).unlink(missing_ok=True)
         kept = [part.shard.samples for part, _, found in results if found and part is not None]
@@ -103,7 +105,7 @@ def pack_shard(
     """
     name = f"shard-{number:06d}.tar"
     tar, index = dest / name, dest / index_name(name)
-    finished = _finished(tar, index, items)
+    finished = _finished(tar, index, items, source)
     if finished is not None:
         advance(len(items))
         return finished, [], True
@@ -114,7 +116,7 @@ def pack_shard(
             _write_tar(draft, source, items, bad, advance)
             if len(bad) == len(items) or (bad and not leave_out):
                 return None, bad, False
-            indexed = index_tar(draft, name, index)
+            indexed = index_tar(draft, name, index, read=_reading(source))
             draft.replace(tar)
         sync_folder(dest)
         return indexed, bad, False
@@ -154,10 +156,13 @@ def _write_tar(
             try:
                 data, label = source.read(item)
                 image, extension = storable(data)
+                extra = source.beside(item) if isinstance(source, WithExtras) else {}
+                if extension in extra:
+                    raise DecodeError(f"is stored as {extension}, and --extra {extension} names another file of it")
             except DecodeError as error:
                 bad.append(f"{item.name}: {error}")
             else:
-                sample = {"__key__": key, extension: image}
+                sample = {"__key__": key, **extra, extension: image}
                 writer.write(sample | ({"cls": str(label).encode()} if label >= 0 else {}))
             advance(1)
     finally:
@@ -167,12 +172,21 @@ def _write_tar(
             handles[-1].close()
 
 
-def _finished(tar: Path, index: Path, items: list[tuple[str, Item]]) -> Indexed | None:
+def _extra(source: Source) -> dict[str, Any]:
+    """For the manifest; nothing where there is none."""
+    return {"extra": list(source.extra)} if isinstance(source, WithExtras) and source.extra else {}
+
+
+def _reading(source: Source) -> Callable[..., np.ndarray]:
+    return partial(read_records, extra=source.extra if isinstance(source, WithExtras) else ())
+
+
+def _finished(tar: Path, index: Path, items: list[tuple[str, Item]], source: Source) -> Indexed | None:
     """A shard that an earlier run completed: all its images, and its index agrees with its bytes."""
     if not (tar.is_file() and index.is_file()):
         return None
     try:
-        found = index_tar(tar, tar.name, index, write=False)
+        found = index_tar(tar, tar.name, index, write=False, read=_reading(source))
         keys = [key.decode() for key in load_records(index)["key"]]
     except (InputError, OSError):
         return None

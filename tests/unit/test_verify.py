@@ -134,10 +134,17 @@ def test_image_that_was_packed_broken(tmp_path):
     ]
 
 
-def test_change_in_a_member_without_checksum(tmp_path):
-    tar = write_tar(tmp_path / "a.tar", [("a.jpg", image_bytes(1)), ("a.txt", b"words"), ("b.jpg", image_bytes(2))])
+def test_change_in_another_member(tmp_path):
+    """It has a checksum of its own, unless its kind is none that an index has a column for."""
+    members = [("a.jpg", image_bytes(1)), ("a.txt", b"words"), ("b.jpg", image_bytes(2)), ("b.größe", b"large")]
+    tar = write_tar(tmp_path / "a.tar", members)
     index_folder(tmp_path, workers=1, show=False)
-    tar.write_bytes(tar.read_bytes().replace(b"words", b"swords"[:5]))
+    whole = tar.read_bytes()
+    tar.write_bytes(whole.replace(b"words", b"sword"))
+    assert [(each.sample, each.what) for each in damage(tmp_path)] == [
+        ("a", "the 5 bytes of its txt differ from their checksum")
+    ]
+    tar.write_bytes(whole.replace(b"large", b"small"))
     assert "members other than images" in damage(tmp_path)[0].what
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from penstock.errors import InputError
 
@@ -29,6 +29,16 @@ class Source(Protocol):
         """What people should know of the source: files left out, empty classes."""
 
 
+@runtime_checkable
+class WithExtras(Source, Protocol):
+    """A source whose images may have other files beside them: captions, boxes, masks."""
+
+    extra: tuple[str, ...]  # their suffixes
+
+    def beside(self, item: Item) -> dict[str, bytes]:
+        """The content of these files by suffix, of those that an image has. Raises DecodeError where one is unread."""
+
+
 @dataclass(frozen=True)
 class Options:
     """Settings of sources; those that a source does not know must stay at their defaults."""
@@ -40,6 +50,7 @@ class Options:
     image_column: str | None = None  # parquet
     label_column: str | None = None  # parquet
     labels: bool = True  # False packs images alone
+    extra: tuple[str, ...] = ()  # folder: suffixes of files beside each image that go with it
 
 
 def open_source(address: str, options: Options) -> Source:
@@ -47,6 +58,8 @@ def open_source(address: str, options: Options) -> Source:
 
     `digits:test` and `torchvision:NAME:test` are short for a split. Raises InputError.
     """
+    if options.extra and not Path(address).is_dir():
+        raise InputError(f"--extra takes files that lie beside images, and {address} is no folder of images; remove it")
     kind, _, rest = address.partition(":")
     if kind == "digits":
         from penstock.streams.sources.digits import Digits
@@ -66,12 +79,16 @@ def open_source(address: str, options: Options) -> Source:
     if path.suffix == ".parquet" or (path.is_dir() and next(path.rglob("*.parquet"), None) is not None):
         from penstock.streams.sources.parquet import Parquet
 
+        if options.extra:
+            raise InputError(
+                f"--extra takes files that lie beside images, and {address} holds Parquet files; remove it"
+            )
         return Parquet(path, options.split, options.image_column, options.label_column, options.labels)
     if not path.is_dir():
         raise InputError(f"{address} is a single file; SOURCE is a folder of images or a Parquet file")
     from penstock.streams.sources.folder import Folder
 
-    return Folder(path / options.split if options.split else path, options.labels)
+    return Folder(path / options.split if options.split else path, options.labels, options.extra)
 
 
 def _split(short: str, options: Options, address: str) -> str | None:
