@@ -262,7 +262,11 @@ def header_field(tars: Tars, parts: list[Part], rng: random.Random) -> tuple[str
     else:
         head[start + rng.randrange(BLOCK)] = rng.randrange(256)
     fixed = bytes(head[:start]) + summed(bytes(head[start:]))
-    return f"header of {one} changed", [*parts[:one], Part(parts[one].name, fixed, parts[one].content), *parts[one + 1 :]]
+    return f"header of {one} changed", [
+        *parts[:one],
+        Part(parts[one].name, fixed, parts[one].content),
+        *parts[one + 1 :],
+    ]
 
 
 def extended(tars: Tars, parts: list[Part], rng: random.Random) -> tuple[str, list[Part]]:
@@ -308,7 +312,9 @@ def places_in(content: Any, path: tuple = ()) -> Iterator[tuple]:
     """Paths of everything in a JSON document."""
     if path:
         yield path
-    items: Any = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    items: Any = (
+        content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    )
     for key, value in items:
         yield from places_in(value, (*path, key))
 

@@ -68,7 +68,7 @@ class Viewer:
             world=1,
             seed=recipe.seed,
             clock=self.clock,
-            size_multiple=_size_multiple(recipe),
+            size_multiple=size_multiple(recipe),
             growth=recipe.batch_growth,
         )
         self._begins = [0]
@@ -171,7 +171,7 @@ class Viewer:
         return [f"{share:.2f} {names[label]}" for share, label in told if share > LEAST]
 
 
-def _size_multiple(recipe: Shown) -> int:
+def size_multiple(recipe: Shown) -> int:
     """Of the backbone, which is built for it, without its weights, where the size follows a curve."""
     if isinstance(recipe.augment.size, (int, float)) or recipe.backbone is None:
         return 1

@@ -70,6 +70,16 @@ def read_ledger(folder: Path) -> dict[int, list[dict[str, Any]]]:
     return dict(sorted(steps.items()))
 
 
+def world_at(folder: Path, step: int) -> int | None:
+    """Ranks of the last attempt that began before a step was done; None where there is no such record."""
+    found = None
+    for _, path in sorted(_files(folder)):
+        lines = _lines(path)
+        if lines and lines[0]["since_step"] <= step:
+            found = lines[0]["world"]
+    return found
+
+
 def _files(folder: Path) -> list[tuple[int, Path]]:
     return [(int(match[1]), path) for path in folder.iterdir() if (match := NAME.fullmatch(path.name))]
 

@@ -143,6 +143,16 @@ class TrainStream:
             self.after,
         )
 
+    def micro_at(self, begin: int, step: int, part: int) -> Micro:
+        """This rank's micro-batch number `part` of the step that begins at a sample position."""
+        batch, knobs = self.batch_at(begin), self.knobs_at(begin)
+        begin += part * (batch // self.accumulation)
+        # Each rank serves every world-th position: an equal share of every micro-batch, and when the world size divides
+        # the lanes, always the same lanes of an epoch.
+        count = batch // (self.accumulation * self.world)
+        positions = begin + self.rank + self.world * np.arange(count, dtype=np.int64)
+        return self.micro(positions, knobs, step, begin)
+
     def micro(self, positions: np.ndarray, knobs: Mapping[str, float], step: int = 0, begin: int = 0) -> Micro:
         """The micro-batch of the samples at some positions."""
         rows, again = np.divmod(positions, self.part.repeats)
@@ -167,13 +177,7 @@ class _TrainPlan:
         while self._done < steps:
             self._begin += stream.batch_at(self._begin)
             self._done += 1
-        batch = stream.batch_at(self._begin)
-        begin = self._begin + part * (batch // stream.accumulation)
-        # Each rank serves every world-th position: an equal share of every micro-batch, and when the world size divides
-        # the lanes, always the same lanes of an epoch.
-        count = batch // (stream.accumulation * stream.world)
-        positions = begin + stream.rank + stream.world * np.arange(count, dtype=np.int64)
-        return stream.micro(positions, stream.knobs_at(self._begin), self.first + steps, begin)
+        return stream.micro_at(self._begin, self.first + steps, part)
 
 
 def _check_divisible(batch: int, accumulation: int, world: int, growth: float) -> None:

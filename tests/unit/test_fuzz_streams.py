@@ -253,7 +253,9 @@ def fuzz_manifests(guarded: Path, manifests: int, indices: int) -> None:
     used = 0
     for number, (mutation, is_index) in enumerate(cases):
         intact.index.write_bytes(mutation.data if is_index else index)
-        path.write_bytes(blessed(text, mutation.data) if is_index and number % 4 else (text.encode() if is_index else mutation.data))
+        path.write_bytes(
+            blessed(text, mutation.data) if is_index and number % 4 else (text.encode() if is_index else mutation.data)
+        )
         with bounded(mutation.name):
             try:
                 manifest = Manifest.load(intact.folder)
