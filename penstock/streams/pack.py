@@ -22,7 +22,7 @@ import numpy as np
 from penstock.errors import InputError
 from penstock.progress import progress
 from penstock.splitmix import permutation
-from penstock.streams import jobs
+from penstock.streams import jobs, timm_info
 from penstock.streams.atomic import replacing, sync_folder, temporary
 from penstock.streams.claim import LOCK, claimed, full_disk_said
 from penstock.streams.decode import DecodeError
@@ -87,6 +87,8 @@ def pack(
         if not parts:
             raise InputError(f"{address}: none of its {len(items)} images opens")
         manifest = collect(dest, parts, source.classes, {"source": address, **plan, **_extra(source), "skipped": bad})
+        if manifest.class_counts and not manifest.unlabelled:  # timm takes labelled images alone
+            manifest.storage.write(timm_info.NAME, timm_info.timm_info(manifest, _hints(source, address, dest)))
         manifest.save(dest)
         (dest / PLAN).unlink(missing_ok=True)
         kept = [part.shard.samples for part, _, found in results if found and part is not None]
@@ -170,6 +172,12 @@ def _write_tar(
             writer.close()
         finally:
             handles[-1].close()
+
+
+def _hints(source: Source, address: str, dest: Path) -> str:
+    """Words that may tell which split this is."""
+    known = vars(source)
+    return f"{Path(address).name} {known.get('split')} {Path(str(known.get('root', ''))).name} {dest.name}"
 
 
 def _extra(source: Source) -> dict[str, Any]:
