@@ -108,5 +108,5 @@ def test_the_command(tmp_path, folder, capsys):
     ]:
         assert main(["shards", "where", str(path), *words]) == INPUT_WRONG
         assert said in capsys.readouterr().err
-    assert main(["shards", "where", str(tmp_path), "--step", "1"]) == INPUT_WRONG
+    assert main(["shards", "where", str(folder), "--step", "1"]) == INPUT_WRONG
     assert "recipe.yaml" in capsys.readouterr().err
