@@ -150,7 +150,8 @@ class _Tensors:
         self.samples_per_epoch = steps * len(batch)
         self.identity: dict[str, Any] = {}
         self.config = SimpleNamespace(ledger=False, max_bad=0.001)
-        self.part: Any = SimpleNamespace(round=self.samples_per_epoch * 2)
+        part: Any = SimpleNamespace(round=self.samples_per_epoch * 2, repeats=1)
+        self.course = Course([Served("", part, part, part, 0)])
 
     def batch_at(self, position: int) -> int:
         return self.batch

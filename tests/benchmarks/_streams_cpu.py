@@ -1,0 +1,36 @@
+"""CPU seconds of this process and of a side's own worker processes."""
+
+import time
+from pathlib import Path
+
+
+def children() -> set[int]:
+    """Processes that this one started and that still run."""
+    found: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        found |= {int(pid) for pid in (task / "children").read_text().split()}
+    return found
+
+
+class Meter:
+    """Counts CPU seconds of all threads of this process and of `workers`."""
+
+    def __init__(self, workers: set[int]):
+        self.workers = workers
+
+    def seconds(self) -> float:
+        return time.process_time() + self._of_workers()
+
+    def settle(self) -> None:
+        """Wait until the workers have prepared all that they may prepare ahead."""
+        last = -1.0
+        while self.workers and (now := self._of_workers()) > last + 1e-3:
+            last = now
+            time.sleep(0.1)
+
+    def _of_workers(self) -> float:
+        total = 0
+        for pid in self.workers:
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                total += int((task / "schedstat").read_text().split()[0])
+        return total * 1e-9
