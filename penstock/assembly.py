@@ -24,6 +24,7 @@ from penstock.signals import Stop
 from penstock.stage import Recipe, save_recipe, since_launch
 from penstock.streams.data import Data
 from penstock.streams.evaluation import EvalStream
+from penstock.streams.mixture import places_of
 from penstock.streams.sidecar import Sidecar
 from penstock.streams.train import TrainStream
 from penstock.task import Task
@@ -199,7 +200,7 @@ def _tracker(recipe: Recipe, data: Data, stage: Stage) -> Tracker:
     tags = {"stage": stage.name, **stage.tags()}
     params = resolved(recipe)
     tracker = Tracker(recipe.tracking, recipe.folder, recipe.name, params, tags, active=distributed.is_main())
-    tracker.dataset("train", data.train.identity, str(recipe.data.train))
+    tracker.dataset("train", data.train.identity, ", ".join(address for _, address in places_of("", recipe.data.train)))
     if data.val is not None:
         tracker.dataset("val", data.val.identity, str(recipe.data.val), context="validation")
     for name, (before, now) in changed.items():

@@ -41,8 +41,8 @@ def match_classes(new: Sequence[str], old: Sequence[str]) -> dict[int, int]:
     Names agree up to case, spaces, hyphens and underscores. A synset, such as n01440764, also answers to its names in
     WordNet, unless another class of the list answers to the same one.
     """
-    exact = _lookup([[_normal(name)] for name in old])
-    found = {label: exact[_normal(name)] for label, name in enumerate(new) if _normal(name) in exact}
+    exact = _lookup([[normal(name)] for name in old])
+    found = {label: exact[normal(name)] for label, name in enumerate(new) if normal(name) in exact}
     if any(map(_is_synset, (*new, *old))):
         spoken, spoken_old = _spoken(new), _spoken(old)
         unique, unique_old = _lookup(spoken), _lookup(spoken_old)
@@ -74,11 +74,11 @@ def _lookup(aliases: Sequence[Sequence[str]]) -> dict[str, int]:
 
 def _spoken(names: Sequence[str]) -> list[list[str]]:
     if not any(map(_is_synset, names)):
-        return [[_normal(name)] for name in names]
+        return [[normal(name)] for name in names]
     from timm.data import ImageNetInfo
 
     lemmas = ImageNetInfo("imagenet-1k").label_name_to_description
-    return [[_normal(part) for part in _described(name, lemmas).split(",")] for name in names]
+    return [[normal(part) for part in _described(name, lemmas).split(",")] for name in names]
 
 
 def _described(name: str, lemmas: Callable[[str], str]) -> str:
@@ -92,5 +92,6 @@ def _is_synset(name: str) -> bool:
     return _SYNSET.fullmatch(name.strip()) is not None
 
 
-def _normal(name: str) -> str:
+def normal(name: str) -> str:
+    """A name without what spellings differ in: case, spaces, hyphens and underscores."""
     return re.sub(r"[\s_-]+", " ", name).strip().casefold()

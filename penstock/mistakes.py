@@ -1,9 +1,9 @@
 """A validation error of pydantic's in the words of a recipe: its key, and what to write instead."""
 
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Tag
 from pydantic_core import ErrorDetails
 
 from penstock.errors import nearest
@@ -40,6 +40,13 @@ def _place(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str
     kind: Any = model
     holder: Any = model
     for part in location:
+        if part in (tagged := _tagged(kind)):
+            kind = tagged[str(part)]
+            continue
+        if get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+            kept.append(str(part))
+            continue
         blocks = _blocks(kind)
         if len(blocks) == 1:  # a block, or a block or null
             holder, kind = blocks[0], dict(_fields(blocks[0])).get(str(part))
@@ -48,6 +55,17 @@ def _place(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str
             named = {block.model_fields["name"].default: block for block in blocks if "name" in block.model_fields}
             kind = named.get(part, kind)
     return ".".join(kept), kind if isinstance(kind, type) and issubclass(kind, BaseModel) else holder
+
+
+def _tagged(kind: Any) -> dict[str, Any]:
+    """The members of a union that pydantic tells apart by a function of the value, by their tags."""
+    members = [part for part in get_args(kind) if get_origin(part) is Annotated]
+    return {mark.tag: get_args(part)[0] for part in members for mark in part.__metadata__ if isinstance(mark, Tag)}
+
+
+def _by_name(kind: Any) -> bool:
+    """Whether blocks come in a dictionary, under names that the recipe gives."""
+    return get_origin(kind) is dict or any(map(_by_name, get_args(kind)))
 
 
 def _fields(block: Any) -> list[tuple[str, Any]]:
@@ -74,4 +92,4 @@ def fields_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, A
         if chosen or blocks != [info.annotation]:
             yield key, info, model
         if len(blocks) == 1:
-            yield from fields_of(blocks[0], key + ".")
+            yield from fields_of(blocks[0], f"{key}.NAME." if _by_name(info.annotation) else f"{key}.")

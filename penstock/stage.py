@@ -22,6 +22,7 @@ from penstock.optim import Optim
 from penstock.recipe import DEFAULT, Block, Rule, Source, check, load, one_of, resolved, several_of, to_yaml
 from penstock.schedule import Duration, Length, knobs_of
 from penstock.streams.data import Data
+from penstock.streams.storage import is_remote
 from penstock.tracking import Tracker
 
 PATIENCE = 3.0  # seconds that other ranks leave rank 0 to say what is wrong
@@ -136,9 +137,9 @@ class Recipe(Block):
 
     def absent(self) -> Iterator[str]:
         """What the run would read and is not on this machine, as a rule says it. A stage adds its own."""
-        for name, folder in (("train", self.data.train), ("val", self.data.val)):
-            if folder is not None and not folder.exists():
-                yield f"data.{name}: there is no {folder} here; pack it with `penstock shards pack IMAGES {folder}`"
+        for key, address in self.data.places():
+            if not is_remote(address) and not Path(address).exists():
+                yield f"{key}: there is no {address} here; pack it with `penstock shards pack IMAGES {address}`"
         weights = self.backbone.weights  # type: ignore[attr-defined]
         if weights not in (None, "timm") and not Path(weights).expanduser().exists():
             yield f"backbone.weights: there is no file or folder {weights!r}; 'timm' loads timm's own weights"

@@ -17,7 +17,7 @@ from penstock.progress import progress
 from penstock.schedule import Clock, Curves, Tick
 from penstock.signals import Stop
 from penstock.streams.batch import Batch
-from penstock.streams.digest import EpochDigest
+from penstock.streams.digest import digest_of
 from penstock.streams.faults import FaultLog
 from penstock.streams.ledger import Ledger
 from penstock.streams.train import TrainStream
@@ -147,6 +147,7 @@ def _report(run: Run, state: State, size: int, knobs: dict[str, float]) -> str:
     shown = run.stream.knobs_at(state.samples - size)
     knobs = knobs | {"batch": size, **{f"augment_{name}": value for name, value in shown.items()}}
     values = {f"train/{name}": value for name, value in knobs.items()} | means | speed
+    values |= run.stream.course.shares_of(state.samples - size, state.samples)
     values |= {"progress/samples": state.samples, "progress/epoch": state.samples / run.stream.samples_per_epoch}
     run.tracker.log(state.step, values)
     return f"loss {means.get('train/loss', float('nan')):.4f}  {speed['perf/images_per_second']:.0f} images/s"
@@ -157,7 +158,7 @@ class Books:
 
     def __init__(self, run: Run, state: State):
         self._run, config = run, run.stream.config
-        self.digest = EpochDigest(run.stream.part, state.samples)
+        self.digest = digest_of(run.stream.course, state.samples)
         self.faults = FaultLog(run.folder, config.max_bad)
         self.ledger = Ledger(run.folder / "ledger", state.step) if config.ledger else None
 
@@ -167,8 +168,8 @@ class Books:
             self.faults.add(part)
         if self.ledger:
             self.ledger.append(parts)
-        for epoch in self.digest.check(state.samples):
-            self._run.tracker.event("epoch", state.step, epoch=epoch, digest="as in the manifest")
+        for epoch in self.digest.done(state.samples):
+            self._run.tracker.event("epoch", state.step, **epoch, digest="as in the manifest")
         if tick.every(self._run.report_every):
             bad = self.faults.check()
             if bad:

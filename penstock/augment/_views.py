@@ -1,5 +1,6 @@
 """What a run's network sees of some samples: keyed by seed, position and view as in training."""
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -84,17 +85,20 @@ class Viewer:
     def servings(self, positions: list[int], count: int) -> dict[int, list[int]]:
         """For each position, the next `count` ones, itself included, at which its sample is served."""
         repeats, rows = self.stream.part.repeats, np.array(positions) // self.stream.part.repeats
-        wanted = _codes(*self.stream.order.locate(rows))
+        wanted = _codes(*self._locate(np.array(positions)))
         order = np.argsort(wanted)
         found: dict[int, list[int]] = {position: [] for position in positions}
-        place = int(rows.min()) // self._samples * self._samples
-        while any(len(served) < count for served in found.values()):
-            places = np.arange(place, place + min(CHUNK, self._samples), dtype=np.int64)
-            codes = _codes(*self.stream.order.locate(places))
+        row, end = int(rows.min()), -(-self.clock.samples // repeats)
+        # The sets of a mixture come round at their own time, or, when a weight falls to 0, never again.
+        while any(len(served) < count for served in found.values()) and (
+            self.stream.course.shares is None or row < end
+        ):
+            places = np.arange(row, row + min(CHUNK, self._samples), dtype=np.int64)
+            codes = _codes(*self._locate(places * repeats))
             for hit in np.flatnonzero(np.isin(codes, wanted)).tolist():
-                row = positions[order[np.searchsorted(wanted[order], codes[hit])]]
-                found[row] += range(int(places[hit]) * repeats, (int(places[hit]) + 1) * repeats)
-            place += len(places)
+                position = positions[order[np.searchsorted(wanted[order], codes[hit])]]
+                found[position] += range(int(places[hit]) * repeats, (int(places[hit]) + 1) * repeats)
+            row += len(places)
         return {position: served[:count] for position, served in found.items()}
 
     def sample(self, position: int) -> "Sample":
@@ -154,9 +158,8 @@ class Viewer:
         return self._begins[bisect_right(self._begins, position) - 1]
 
     def _locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        part = self.stream.part
-        shards, samples = self.stream.order.locate(positions // part.repeats)
-        return shards, part.numbers(shards, samples)
+        shards, samples, _ = self.stream.course.locate(positions // self.stream.part.repeats)
+        return shards, samples
 
     def _batch(self, positions: np.ndarray) -> Batch:
         # The number of the step, which nothing here depends on, is left at 0.

@@ -4,7 +4,7 @@ from penstock.class_names import check_classes
 from penstock.errors import InputError
 from penstock.streams.data import Data
 from penstock.streams.manifest import Manifest
-from penstock.streams.reader import ShardReader
+from penstock.streams.mixture import open_reader
 
 
 def class_names(data: Data) -> tuple[str, ...]:
@@ -41,7 +41,7 @@ def class_names(data: Data) -> tuple[str, ...]:
 
 def _largest_label(manifest: Manifest) -> tuple[int, str]:
     """The largest label of a set, and the key of a sample that has it."""
-    reader, best = ShardReader(manifest), (-1, "")
+    reader, best = open_reader(manifest), (-1, "")
     for shard in range(len(manifest.shards)):
         labels = reader.column(shard, "label")
         if len(labels) and int(labels.max()) > best[0]:

@@ -1,7 +1,8 @@
 """The `data:` block of a recipe."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -9,16 +10,21 @@ from penstock.errors import InputError
 from penstock.recipe import Block
 from penstock.streams.extras import check_names
 from penstock.streams.manifest import Manifest
-from penstock.streams.part import Part, parse_labels
-from penstock.streams.reader import ShardReader
+from penstock.streams.mixture import Train, check_sets, open_part, open_reader, open_sets, places_of
+from penstock.streams.part import parse_labels
+from penstock.streams.remote.options import Remote
+from penstock.streams.storage import Address, is_remote
 
 
 class Data:
     """The packed sets a recipe names, opened once."""
 
     class Config(Block):
-        train: Path = Field(description="folder of the packed training set (`penstock shards pack`)")
-        val: Path | None = Field(None, description="folder of the packed validation set")
+        train: Train = Field(
+            description="folder or address of the packed training set (`penstock shards pack`), or several sets by "
+            "names of yours: {photos: {set: data/photos, weight: 3}, sketches: {set: data/sketches}}"
+        )
+        val: Address | None = Field(None, description="folder or address of the packed validation set")
         labels: str | None = Field(None, description="train on a fixed share, '10%' or '4 per class'; null is all")
         repeats: int = Field(1, ge=1, description="times a sample is served in a row, augmented anew each time")
         pool: int | None = Field(
@@ -39,6 +45,7 @@ class Data:
         )
         max_bad: float = Field(0.001, ge=0, le=1, description="share of unreadable samples above which a run stops")
         ledger: bool = Field(False, description="record every sample consumed in the run folder")
+        remote: Remote = Field(Remote(), description="how sets are read from addresses such as s3://BUCKET/PREFIX")
         lanes: int = Field(64, ge=1, description="places of the data read side by side; best a multiple of the ranks")
         block: int = Field(256, ge=1, description="most neighbouring samples that stay together in an epoch's order")
         window: int = Field(4096, ge=1, description="samples shuffled among each other within a lane")
@@ -66,18 +73,38 @@ class Data:
                     resolve(address)
             return addresses
 
-        @field_validator("train", "val")
+        @field_validator("train")
         @classmethod
-        def _packed(cls, folder: Path | None) -> Path | None:
-            if folder is not None and folder.exists():  # absent ones are a rule of the recipe
-                try:
-                    Manifest.load(folder)
-                except InputError as error:
-                    raise ValueError(str(error)) from error
-            return folder
+        def _sets(cls, train: Any) -> Any:
+            if isinstance(train, dict):
+                check_sets(train)
+            _load_if_here([address for _, address in places_of("", train)], lambda: open_sets(train))
+            return train
+
+        @field_validator("val")
+        @classmethod
+        def _packed(cls, val: str | None) -> str | None:
+            if val is not None:
+                _load_if_here([val], lambda: Manifest.load(val))
+            return val
+
+        def places(self) -> Iterator[tuple[str, str]]:
+            """(key of the recipe, address) of every set."""
+            yield from places_of("data.train", self.train)
+            if self.val is not None:
+                yield "data.val", self.val
 
     def __init__(self, config: "Data.Config", seed: int = 0):
         self.config = config
-        self.train = Manifest.load(config.train)
-        self.part = Part(ShardReader(self.train), config.labels, seed, config.repeats)
-        self.val = Manifest.load(config.val) if config.val is not None else None
+        self.train = open_sets(config.train, remote=config.remote)
+        self.part = open_part(open_reader(self.train), config.labels, seed, config.repeats)
+        self.val = Manifest.load(config.val, config.remote) if config.val is not None else None
+
+
+def _load_if_here(addresses: list[str], load: Callable[[], Manifest]) -> None:
+    """Look at sets that lie in folders of this machine; a login node need not have them."""
+    if all(not is_remote(address) and Path(address).exists() for address in addresses):
+        try:
+            load()
+        except InputError as error:
+            raise ValueError(str(error)) from error

@@ -3,12 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from penstock import distributed
 from penstock.errors import InputError
 from penstock.keyed import splitmix64_tensor
 from penstock.streams.batch import Batch
+from penstock.streams.mixture_order import Course
 from penstock.streams.part import Part
 
 MASK = (1 << 64) - 1
@@ -30,11 +33,19 @@ class EpochDigest:
 
     def add(self, batch: Batch) -> None:
         assert batch.ids is not None
-        epochs = batch.positions.cpu() // self.part.round
-        hashes = splitmix64_tensor(batch.ids)
+        self.add_ids(batch.positions.cpu(), batch.ids)
+
+    def add_ids(self, positions: Tensor, ids: Tensor) -> None:
+        """Samples served at some positions of the set's order, both int64 [B]."""
+        epochs = positions // self.part.round
+        hashes = splitmix64_tensor(ids)
         for epoch in epochs.unique().tolist():
             partial = int(hashes[epochs == epoch].sum())  # int64 wraps, which is arithmetic modulo 2^64
             self.sums[epoch] = (self.sums.get(epoch, 0) + partial) & MASK
+
+    def done(self, position: int) -> list[dict[str, Any]]:
+        """`check`, for the journal."""
+        return [{"epoch": epoch} for epoch in self.check(position)]
 
     def check(self, position: int) -> list[int]:
         """Compare every epoch that is complete at `position` with the manifest's; returns their numbers.
@@ -71,3 +82,38 @@ class EpochDigest:
         signed = value - (1 << 64) if value >= 1 << 63 else value
         total = distributed.all_sum(torch.tensor(signed, dtype=torch.int64, device=distributed.device()))
         return int(total) & MASK
+
+
+class MixedDigest:
+    """An `EpochDigest` for each set of a mixture, over the set's own epochs. For positions of the mixture."""
+
+    def __init__(self, course: Course, since: int = 0):
+        self.course = course
+        owns = zip(course.sets, course.positions(since), strict=True)
+        self.digests = {each.name: EpochDigest(each.part, own) for each, own in owns}
+
+    def add(self, batch: Batch) -> None:
+        assert batch.ids is not None
+        rows, again = np.divmod(batch.positions.cpu().numpy(), self.course.repeats)
+        sets, own = self.course.own(rows)
+        positions = torch.from_numpy(own * self.course.repeats + again)
+        for number, digest in enumerate(self.digests.values()):
+            here = torch.from_numpy(sets == number)
+            digest.add_ids(positions[here], batch.ids[here])
+
+    def done(self, position: int) -> list[dict[str, Any]]:
+        """The epochs of each set that ended since the last time; raises InputError as `EpochDigest.check`."""
+        owns = zip(self.digests.items(), self.course.positions(position), strict=True)
+        return [{"set": name, "epoch": epoch} for (name, digest), own in owns for epoch in digest.check(own)]
+
+    def state(self) -> dict[str, Any]:
+        return {name: digest.state() for name, digest in self.digests.items()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        for name, digest in self.digests.items():
+            digest.load(state[name])
+
+
+def digest_of(course: Course, since: int) -> EpochDigest | MixedDigest:
+    """What proves a run's epochs from a position on."""
+    return EpochDigest(course.sets[0].part, since) if course.shares is None else MixedDigest(course, since)

@@ -13,6 +13,7 @@ from penstock.augment import Whole
 from penstock.errors import InputError
 from penstock.streams.decode import DecodeError, FactorOf, decode, decode_smaller
 from penstock.streams.manifest import Manifest
+from penstock.streams.mixture import open_reader
 from penstock.streams.reader import Fault, ShardReader
 from penstock.streams.timing import DECODE, READ
 
@@ -44,7 +45,7 @@ class Images:
     ):
         manifest.check_files()
         self.manifest, self.channels, self.smaller = manifest, channels, smaller
-        self.reader = ShardReader(manifest)
+        self.reader = open_reader(manifest)
         self._cache = _PixelCache(self.reader, channels) if cache == "ram" else None
         self._spent = {READ: 0.0, DECODE: 0.0}
 

@@ -10,26 +10,15 @@ from penstock.errors import InputError
 from penstock.schedule import Clock, knobs_of, value_at
 from penstock.streams.batch import Batch
 from penstock.streams.data import Data
+from penstock.streams.identity import differences
 from penstock.streams.images import Images
 from penstock.streams.loader import Micro, open_loader
-from penstock.streams.manifest import Manifest
-from penstock.streams.order import Order
-from penstock.streams.part import Part
+from penstock.streams.mixture import open_part, open_sets
+from penstock.streams.mixture_order import Course
 from penstock.streams.sidecar import Sidecar
 from penstock.streams.stages import After, Stage
 
 QUARTERS = 4
-WORDS = {
-    "manifest": "the training set is another one (or was packed anew)",
-    "samples_per_epoch": "the training set has another number of samples",
-    "labels": "data.labels chooses other samples",
-    "repeats": "data.repeats differs",
-    "seed": "the seed differs",
-    "order_version": "this Penstock orders samples differently",
-    "lanes": "data.lanes differs",
-    "block": "data.block differs",
-    "window": "data.window differs",
-}
 
 
 class TrainStream:
@@ -65,12 +54,15 @@ class TrainStream:
         assert sidecar is None or data.pool is not None, "views that never come again have nothing beside them"
         _check_divisible(batch, accumulation, world, growth)
         self.config, self.augment, self.seed, self.device_type = data, augment, seed, device_type
-        self.manifest = Manifest.load(data.train)
+        self.manifest = open_sets(data.train, remote=data.remote)
         self.images = Images(self.manifest, data.channels, data.cache, data.decode == "smaller")
-        self.part = Part(self.images.reader, data.labels, seed, data.repeats)
-        self.order = Order(self.part.sizes, seed, data.block, data.lanes, data.window)
+        self.part = open_part(self.images.reader, data.labels, seed, data.repeats)
+        cut = {"block": data.block, "lanes": data.lanes, "window": data.window}
+        self.course = Course.of(self.manifest, self.part, seed, cut, clock)
         self.batch, self.accumulation, self.rank, self.world = batch, accumulation, rank, world
         self.clock, self.size_multiple, self.growth, self.sidecar = clock, size_multiple, growth, sidecar
+        if sidecar is not None and self.course.shares is not None:
+            raise InputError("data.train: a teacher's stored answers are for one set, and this is a mixture")
         self.after = After.of(self.images, data.extra, [*data.stages, *stages], seed)
         if sidecar is not None and (data.stages or stages):
             raise InputError("data.stages: a teacher's stored answers are for views that no stage changed; remove them")
@@ -86,17 +78,11 @@ class TrainStream:
     @property
     def identity(self) -> dict[str, Any]:
         """What the position -> sample map depends on; for the checkpoint."""
-        known = {"manifest": self.manifest.identity, "samples_per_epoch": self.part.samples}
-        known |= {"labels": f"{self.part.digest_of_ids:016x}", "repeats": self.part.repeats}
-        return known | self.order.identity
+        return self.course.identity
 
     def check_identity(self, saved: Mapping[str, Any]) -> None:
         """Raise InputError when a checkpoint's positions would mean other samples here."""
-        differing = [
-            f"{WORDS.get(name, name)} ({saved.get(name)} in the checkpoint, {value} now)"
-            for name, value in self.identity.items()
-            if saved.get(name) != value
-        ]
+        differing = list(differences(saved, self.identity))
         if differing:
             raise InputError(
                 f"this run cannot continue on {self.manifest.root}: {'; '.join(differing)}. "
@@ -147,21 +133,17 @@ class TrainStream:
         """This rank's micro-batch number `part` of the step that begins at a sample position."""
         batch, knobs = self.batch_at(begin), self.knobs_at(begin)
         begin += part * (batch // self.accumulation)
-        # Each rank serves every world-th position: an equal share of every micro-batch, and when the world size divides
-        # the lanes, always the same lanes of an epoch.
-        count = batch // (self.accumulation * self.world)
-        positions = begin + self.rank + self.world * np.arange(count, dtype=np.int64)
-        return self.micro(positions, knobs, step, begin)
+        positions = begin + np.arange(batch // self.accumulation, dtype=np.int64)
+        return self.micro(self.course.of_rank(positions, self.rank, self.world), knobs, step, begin)
 
     def micro(self, positions: np.ndarray, knobs: Mapping[str, float], step: int = 0, begin: int = 0) -> Micro:
         """The micro-batch of the samples at some positions."""
         rows, again = np.divmod(positions, self.part.repeats)
-        shards, samples = self.order.locate(rows)
+        shards, samples, epochs = self.course.locate(rows)
         pool = None
         if self.config.pool is not None:  # a sample's first serving has number 0, its next one number 1, ...
-            pool = (rows // self.part.samples * self.part.repeats + again) % self.config.pool
-        numbers = self.part.numbers(shards, samples)
-        return Micro(positions, shards, numbers, knobs, step, begin, self.part.repeats, pool)
+            pool = (epochs * self.part.repeats + again) % self.config.pool
+        return Micro(positions, shards, samples, knobs, step, begin, self.part.repeats, pool)
 
 
 class _TrainPlan:

@@ -15,6 +15,7 @@ from penstock.schedule import Clock
 from penstock.streams.data import Data
 from penstock.streams.ledger import world_at
 from penstock.streams.loader import POOL, Micro
+from penstock.streams.mixture import set_of
 from penstock.streams.train import TrainStream
 from penstock.tracking.journal import NAME, read_run
 
@@ -41,7 +42,7 @@ class Place:
     rank: int
     slot: int  # in the rank's micro-batch
     position: int  # in the endless order
-    epoch: int
+    epoch: int  # of the sample's own set
     set: str
     shard: str
     sample: int  # number within the shard
@@ -130,6 +131,7 @@ def _nearest(run: Path, step: int) -> tuple[int, int]:
 
 
 def _slots(stream: TrainStream, micro: Micro, part: int, rank: int) -> Iterator[Place]:
+    epochs = stream.course.locate(micro.positions // stream.part.repeats)[2].tolist()
     for slot, (position, shard, sample) in enumerate(
         zip(micro.positions.tolist(), micro.shards.tolist(), micro.samples.tolist(), strict=True)
     ):
@@ -143,8 +145,8 @@ def _slots(stream: TrainStream, micro: Micro, part: int, rank: int) -> Iterator[
             rank=rank,
             slot=slot,
             position=position,
-            epoch=position // stream.part.round,
-            set=str(stream.manifest.root),
+            epoch=epochs[slot],
+            set=set_of(stream.manifest, shard),
             shard=stream.manifest.shards[shard].name,
             sample=sample,
             key=record.key,
