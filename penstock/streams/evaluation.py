@@ -13,6 +13,7 @@ from penstock.streams.batch import Batch
 from penstock.streams.images import Images
 from penstock.streams.loader import Micro, open_loader
 from penstock.streams.order import permutation
+from penstock.streams.stages import After
 
 SUBSET_KEY = 0x5B5E7 << 44
 
@@ -27,6 +28,7 @@ class EvalStream:
         images: the set to read (`Images(manifest, channels)`), which several streams may share.
         batch: samples per rank and batch.
         limit: serve a fixed subset of this many samples, the same for a seed whatever else changes.
+        after: what is done with batches (`After.of`), for members beside the image and stages.
         numbers: serve these samples alone, by their numbers in the set, increasing (`Part.chosen`).
         clock: needed when the augmentation's knobs follow curves; their values at the run's end are used.
     """
@@ -46,8 +48,10 @@ class EvalStream:
         device_type: str = "cpu",
         clock: Clock | None = None,
         numbers: np.ndarray | None = None,
+        after: After | None = None,
     ):
         self.images, self.augment, self.seed, self.device_type = images, augment, seed, device_type
+        self.after = after
         self.batch, self.rank, self.world, self.workers, self.prefetch = batch, rank, world, workers, prefetch
         self.numbers = np.arange(images.manifest.samples, dtype=np.int64) if numbers is None else numbers
         total = len(self.numbers)
@@ -79,7 +83,14 @@ class EvalStream:
     def __iter__(self) -> Iterator[Batch]:
         workers = min(self.workers, len(self))
         return open_loader(
-            _EvalPlan(self), self.images, self.augment, self.seed, workers, self.prefetch, self.device_type
+            _EvalPlan(self),
+            self.images,
+            self.augment,
+            self.seed,
+            workers,
+            self.prefetch,
+            self.device_type,
+            after=self.after,
         )
 
 

@@ -10,10 +10,12 @@ import importlib
 import operator
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,11 +25,13 @@ from penstock.keyed import seed_sample
 from penstock.streams.batch import Batch
 from penstock.streams.extras import Extras, check_present
 from penstock.streams.reader import Fault
+from penstock.streams.timing import AUGMENT, READ, since
 
 if TYPE_CHECKING:
     from penstock.streams.images import Images
     from penstock.streams.loader import Micro
 
+Shape = tuple[torch.Size, torch.dtype]
 Stage = Callable[[Iterator[dict[str, Any]]], Iterable[dict[str, Any]]]
 DROP = "__drop__"
 KEYED = 0x57A6E << 32  # numbers of stages in random keys begin with it, which no view's does
@@ -80,14 +84,13 @@ class After:
         self.images, self.seed = images, seed
         self.extras = Extras(images.reader, extra)
         self.stages = [(each, resolve(each)) if isinstance(each, str) else (name_of(each), each) for each in stages]
-        self._shapes: dict[
-            str, tuple[torch.Size, torch.dtype]
-        ] = {}  # of tensors, for a batch without a readable sample
+        self._shapes: dict[str, Shape] = {}  # of tensors, for a batch without a readable sample
 
     def __call__(self, batch: Batch, micro: "Micro") -> Batch:
         """The batch with members and stages applied; slots of weight 0 stay as they are."""
         from penstock.streams.loader import generators_kept
 
+        before, spent = self.images.counters, defaultdict(float, batch.timing)
         found: list[dict[str, Any] | None] = []
         faults = {fault["position"]: fault for fault in batch.faults}
         labels, weights = batch.labels.clone(), batch.weights.clone()
@@ -95,7 +98,7 @@ class After:
             for slot, position in enumerate(batch.positions.tolist()):
                 sample, dropped = None, None
                 if weights[slot] > 0:
-                    sample, dropped = self._made(batch, micro, slot)
+                    sample, dropped = self._made(batch, micro, slot, spent)
                 if dropped is not None:
                     weights[slot] = 0
                     faults[position] = self._fault(batch, micro, slot, dropped)
@@ -108,24 +111,39 @@ class After:
                 found.append(sample)
         tensors, members = self._collated(batch, found)
         ordered = [faults[position] for position in batch.positions.tolist() if position in faults]
-        extra = batch.extra | tensors
-        return replace(batch, labels=labels, weights=weights, faults=ordered, extra=extra, members=members)
+        for name, count in since(before, self.images.counters).items():
+            spent[name] += count
+        return replace(
+            batch,
+            labels=labels,
+            weights=weights,
+            faults=ordered,
+            extra=batch.extra | tensors,
+            members=members,
+            timing=dict(spent),
+        )
 
-    def _made(self, batch: Batch, micro: "Micro", slot: int) -> tuple[dict[str, Any] | None, Fault | None]:
+    def _made(
+        self, batch: Batch, micro: "Micro", slot: int, spent: dict[str, float]
+    ) -> tuple[dict[str, Any] | None, Fault | None]:
         """The sample after all stages; or why it must not count."""
         place = int(micro.shards[slot]), int(micro.samples[slot])
+        began = perf_counter()
         try:
             members = self.extras.read(*place)
         except Fault as fault:
             return None, fault
-        views = [view[slot] for view in batch.views]
+        finally:
+            spent[READ] += perf_counter() - began
+        views = [view[slot].clone() for view in batch.views]  # else a stage that swaps two would lose one
         sample = {"__key__": batch.keys[slot], "views": views, "label": int(batch.labels[slot]), **members}
-        key = self._key(micro, slot)
+        key, began = self._key(micro, slot), perf_counter()
         for number, (name, stage) in enumerate(self.stages):
             seed_sample(*key, KEYED + number)
             sample = _passed(name, stage, sample)
             if DROP in sample:
                 return None, Fault(f"{name} dropped it: {sample[DROP]}", "dropped")
+        spent[AUGMENT] += perf_counter() - began
         return sample, None
 
     def _key(self, micro: "Micro", slot: int) -> tuple[int, ...]:
@@ -212,7 +230,7 @@ def _is_own(name: str) -> bool:
     return name in ("views", "label") or name.startswith("__")
 
 
-def _same_shape(name: str, made: list[tuple[str, dict[str, Any]]]) -> tuple[torch.Size, torch.dtype]:
+def _same_shape(name: str, made: list[tuple[str, dict[str, Any]]]) -> Shape:
     """Of a tensor that every sample must have. Raises InputError."""
     first, sample = next((key, sample) for key, sample in made if isinstance(sample.get(name), torch.Tensor))
     shape, dtype = sample[name].shape, sample[name].dtype
