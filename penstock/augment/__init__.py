@@ -19,11 +19,14 @@ def is_side(knob: str) -> bool:
 
 
 class Whole(NamedTuple):
-    """The image that a smaller one was decoded from: pixel i of that one covers factor * i to factor * (i + 1)."""
+    """The image of which a part was decoded: pixel i of that covers factor * i to factor * (i + 1).
+
+    Where an Exif orientation was undone it does so within less than `factor` pixels.
+    """
 
     height: int
     width: int
-    factor: int  # 1, 2, 4 or 8; the decoded image has ceil(height / factor) x ceil(width / factor) pixels
+    factor: int  # 1, 2, 4 or 8; the decoded part is ceil(width / factor) pixels wide and may end below the lowest box
 
 
 class Augment(Protocol):
@@ -72,12 +75,12 @@ class Boxed(Augment, Protocol):
     """An augmentation that can say beforehand what it needs of an image, which may then be decoded smaller."""
 
     def box(self, height: int, width: int, index: int, knobs: Mapping[str, float]) -> Box:
-        """What `view` will resize to about its own size, of an image of this size.
+        """What `view` will resize to about its own size, of an image of this size. It must use no pixel outside.
 
         The generators are seeded as for `view`, which draws the same box.
         """
         ...
 
     def view(self, image: "np.ndarray", index: int, knobs: Mapping[str, float], whole: Whole | None = None) -> "Tensor":
-        """As of every augmentation. With `whole`, `image` was decoded smaller; boxes are drawn in the whole one."""
+        """As of every augmentation. With `whole`, a part of it was decoded; boxes are drawn in the whole one."""
         ...

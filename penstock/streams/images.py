@@ -11,7 +11,7 @@ import numpy as np
 
 from penstock.augment import Whole
 from penstock.errors import InputError
-from penstock.streams.decode import DecodeError, FactorOf, decode, decode_smaller
+from penstock.streams.decode import DecodeError, NeedOf, decode, decode_smaller
 from penstock.streams.manifest import Manifest
 from penstock.streams.mixture import open_reader
 from penstock.streams.reader import Fault, ShardReader
@@ -54,8 +54,8 @@ class Images:
         """Running counts of this process (penstock/streams/timing.py)."""
         return self._spent | self.reader.counters
 
-    def load(self, shard: int, sample: int, factor_of: FactorOf | None = None) -> Sample:
-        """One sample, its JPEG decoded at 1 / `factor_of(height, width)` of its size; whole for a cache in memory."""
+    def load(self, shard: int, sample: int, need_of: NeedOf | None = None) -> Sample:
+        """One sample, of its JPEG no more than `need_of(height, width)` decoded; all of it for a cache in memory."""
         record = self.reader.record(shard, sample)
         image, whole = self._cache.get(shard, sample) if self._cache else None, None
         if image is None:
@@ -66,10 +66,10 @@ class Images:
                 finally:
                     read = perf_counter()
                     self._spent[READ] += read - began
-                if factor_of is None or self._cache or not self.smaller:
+                if need_of is None or self._cache or not self.smaller:
                     image = decode(data, self.channels)
                 else:
-                    image, whole = decode_smaller(data, self.channels, factor_of)
+                    image, whole = decode_smaller(data, self.channels, need_of)
             except (Fault, DecodeError) as error:
                 return Sample(None, record.label, record.key, record.id, str(error), kind=error.kind)
             finally:

@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from penstock.augment import Augment, Boxed, side_of
 from penstock.keyed import seed_sample
 from penstock.streams.batch import Batch
+from penstock.streams.decode import ALL, Need
 from penstock.streams.images import Images, Sample
 from penstock.streams.reader import Fault
 from penstock.streams.sidecar import Sidecar
@@ -28,6 +29,7 @@ from penstock.streams.stages import After
 from penstock.streams.timing import AUGMENT, SAMPLES, since
 
 POOL = 0x9001 << 44  # keys of a fixed pool's views begin with it, which no position does
+FEW_VIEWS = 2  # more of them reach nearly all rows together
 Key = tuple[int, ...]  # of a served sample's random numbers; a view's number follows it
 
 
@@ -60,14 +62,13 @@ def assemble(micro: Micro, images: Images, augment: Augment, seed: int, sidecar:
     beside: list[Mapping[str, np.ndarray]] = []
     sides = [side_of(augment, view, micro.knobs) for view in range(augment.views)]
     slots: list[list[torch.Tensor | None]] = [[] for _ in range(augment.views)]
-    faults = []
+    weights, faults = [], []
     with generators_kept():
         for slot, (position, shard) in enumerate(zip(micro.positions.tolist(), micro.shards.tolist(), strict=True)):
             sample, key = decoded.sample(slot)
             if sidecar is not None:
                 sample, held = _beside(sidecar, micro, slot, sample)
                 beside.append(held)
-            samples.append(sample)
             if sample.reason:
                 name = images.manifest.shards[shard].name
                 fault = {"position": position, "shard": name, "key": sample.key}
@@ -83,10 +84,12 @@ def assemble(micro: Micro, images: Images, augment: Augment, seed: int, sidecar:
                 else:
                     views.append(augment.view(sample.image, view, micro.knobs))
             augmenting += perf_counter() - began
+            weights.append(float(sample.image is not None))
+            samples.append(replace(sample, image=None))  # its memory holds the next image, and needs no fresh pages
     return Batch(
         views=[_stack(views, (images.channels, side, side)) for views, side in zip(slots, sides, strict=True)],
         labels=torch.tensor([sample.label for sample in samples]),
-        weights=torch.tensor([float(sample.image is not None) for sample in samples]),
+        weights=torch.tensor(weights),
         positions=torch.from_numpy(micro.positions),
         keys=[sample.key for sample in samples],
         step=micro.step,
@@ -106,7 +109,7 @@ class _Decoded:
         self.boxed = augment if isinstance(augment, Boxed) else None
         self._last: tuple[tuple[int, int], tuple[Key, ...]] | None = None  # place and keys of the last decode
         self._sample: Sample
-        self._asked: tuple[int, int, int] | None = None  # height, width and factor, where the last decode asked for it
+        self._asked: tuple[int, int, Need] | None = None  # height, width and need, where the last decode asked for it
 
     def sample(self, slot: int) -> tuple[Sample, Key]:
         """The sample of a slot, and the key of its random numbers."""
@@ -116,8 +119,8 @@ class _Decoded:
         key, sharing = self._keys(slot, place)
         if not self._fits(place, sharing):
             self._asked = None
-            factor_of = partial(self._factor, sharing) if self.boxed else None
-            self._last, self._sample = (place, sharing), self.images.load(*place, factor_of)
+            need_of = partial(self._need, sharing) if self.boxed else None
+            self._last, self._sample = (place, sharing), self.images.load(*place, need_of)
         return self._sample, key
 
     def _keys(self, slot: int, place: tuple[int, int]) -> tuple[Key, tuple[Key, ...]]:
@@ -134,11 +137,11 @@ class _Decoded:
         row = position // repeats
         return (self.seed, position), tuple((self.seed, row * repeats + again) for again in range(repeats))
 
-    def _factor(self, keys: tuple[Key, ...], height: int, width: int) -> int:
+    def _need(self, keys: tuple[Key, ...], height: int, width: int) -> Need:
         assert self.boxed is not None
-        factor = largest_factor(self.boxed, self.micro.knobs, keys, height, width)
-        self._asked = height, width, factor
-        return factor
+        need = need_of_views(self.boxed, self.micro.knobs, keys, height, width)
+        self._asked = height, width, need
+        return need
 
     def _fits(self, place: tuple[int, int], sharing: tuple[Key, ...]) -> bool:
         """Whether the last sample is this one, decoded to the pixels that these servings need."""
@@ -148,27 +151,29 @@ class _Decoded:
             return sharing == self._last[1]
         if self._asked is None or self.boxed is None:  # it is decoded whole, whoever it is for
             return True
-        height, width, factor = self._asked
-        return largest_factor(self.boxed, self.micro.knobs, sharing, height, width) == factor
+        height, width, (factor, rows) = self._asked
+        need = need_of_views(self.boxed, self.micro.knobs, sharing, height, width)
+        return need.factor == factor and (rows or height) >= (need.rows or height)
 
 
-def largest_factor(augment: Boxed, knobs: Mapping[str, float], keys: Iterable[Key], height: int, width: int) -> int:
-    """The most an image can be decoded smaller by, 1, 2, 4 or 8, such that no view is enlarged for it.
+def need_of_views(augment: Boxed, knobs: Mapping[str, float], keys: Sequence[Key], height: int, width: int) -> Need:
+    """How much smaller an image can be decoded such that no view is enlarged for it, and the rows that views reach.
 
     Args:
         keys: of the random numbers of all servings that are decoded alike.
     """
     sides = [side_of(augment, view, knobs) for view in range(augment.views)]
     least = min(height, width)
-    if least < 2 * max(sides):
-        return 1  # spares the draws
-    room = [least] * len(sides)  # the least side of a box, per view
+    if least < 2 * max(sides) and len(keys) * len(sides) > FEW_VIEWS:
+        return ALL  # spares the draws
+    room, rows = [least] * len(sides), 0  # the least side of a box, per view; where the lowest box ends
     for key in keys:
         for view in range(len(sides)):
             seed_sample(*key, view)
-            room[view] = min(room[view], *augment.box(height, width, view, knobs)[2:])
+            top, _, tall, wide = augment.box(height, width, view, knobs)
+            room[view], rows = min(room[view], tall, wide), max(rows, top + tall)
     fits = (factor for factor in (8, 4, 2) if all(factor * side <= r for side, r in zip(sides, room, strict=True)))
-    return next(fits, 1)
+    return Need(next(fits, 1), rows)
 
 
 def _beside(sidecar: Sidecar, micro: Micro, slot: int, sample: Sample) -> tuple[Sample, Mapping[str, np.ndarray]]:

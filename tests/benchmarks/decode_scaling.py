@@ -24,7 +24,7 @@ from penstock.augment import AUGMENTATIONS, Boxed
 from penstock.keyed import seed_sample
 from penstock.schedule import knobs_of
 from penstock.streams.decode import decode, decode_smaller
-from penstock.streams.loader import largest_factor
+from penstock.streams.loader import need_of_views
 from tests.benchmarks._report import print_facts, print_table
 
 SIZES = (224, 160, 128, 96)
@@ -92,7 +92,7 @@ def _whole(augment: Boxed, knobs: dict[str, Any], position: int, data: bytes) ->
 
 
 def _smaller(augment: Boxed, knobs: dict[str, Any], position: int, data: bytes) -> tuple[Tensor, int]:
-    image, whole = decode_smaller(data, 3, partial(largest_factor, augment, knobs, [(0, position)]))
+    image, whole = decode_smaller(data, 3, partial(need_of_views, augment, knobs, [(0, position)]))
     seed_sample(0, position, 0)
     return augment.view(image, 0, knobs, whole).contiguous(), whole.factor if whole else 1
 

@@ -5,10 +5,12 @@ import random
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
+import penstock.streams.decode as decode_module
 import penstock.streams.images as images_module
 from penstock.augment import Whole, _pixels
 from penstock.augment.crop_flip import CropFlip
@@ -18,10 +20,10 @@ from penstock.augment.standard import Standard
 from penstock.keyed import seed_sample
 from penstock.schedule import Clock
 from penstock.streams.data import Data
-from penstock.streams.decode import decode, decode_smaller
+from penstock.streams.decode import ALL, DecodeError, Need, decode, decode_plan, decode_smaller
 from penstock.streams.evaluation import EvalStream
 from penstock.streams.images import Images
-from penstock.streams.loader import Micro, assemble, largest_factor
+from penstock.streams.loader import Micro, assemble, need_of_views
 from penstock.streams.train import TrainStream
 from tests.shards import write_set
 
@@ -70,14 +72,16 @@ def folder(tmp_path_factory):
 def test_sizes_and_pixels_of_a_smaller_image(factor, options):
     for height, width in [(HEIGHT, WIDTH), (64, 48), (65, 49), (71, 55), (63, 47)]:
         data = encoded(photo(0, height, width), quality=95, **options)
-        pixels, whole = decode_smaller(data, 3, lambda *size, size_=(height, width): factor if size == size_ else 1)
+        pixels, whole = decode_smaller(
+            data, 3, lambda *size, size_=(height, width): Need(factor if size == size_ else 1)
+        )
         assert whole == (height, width, factor)
         assert pixels.shape == (-(-height // factor), -(-width // factor), 3)
         # Beside the plain mean of each square of factor x factor pixels, with no shift.
         rows, columns = height // factor, width // factor
         squares = decode(data)[: rows * factor, : columns * factor].reshape(rows, factor, columns, factor, 3)
         assert np.abs(pixels[:rows, :columns] - squares.mean((1, 3))).mean() < 2.5
-        grey, _ = decode_smaller(data, 1, lambda *size: factor)
+        grey, _ = decode_smaller(data, 1, lambda *size: Need(factor))
         assert grey.shape == (*pixels.shape[:2], 1)
 
 
@@ -87,20 +91,17 @@ def test_pixels_are_those_of_pillows_draft(factor):
     with Image.open(io.BytesIO(data)) as image:
         image.draft("RGB", (WIDTH // factor, HEIGHT // factor))
         theirs = np.asarray(image).astype(int)
-    assert np.abs(decode_smaller(data, 3, lambda *size: factor)[0] - theirs).max() <= 2
+    assert np.abs(decode_smaller(data, 3, lambda *size: Need(factor))[0] - theirs).max() <= 2
 
 
 def test_a_factor_of_one_is_the_whole():
     data = encoded(photo(0))
-    pixels, whole = decode_smaller(data, 3, lambda *size: 1)
+    pixels, whole = decode_smaller(data, 3, lambda *size: ALL)
     assert whole is None and np.array_equal(pixels, decode(data))
 
 
 def test_what_is_no_plain_jpeg_is_decoded_whole():
-    turned = Image.Exif()
-    turned[0x0112] = 6
     for data in (
-        encoded(photo(0), exif=turned.tobytes()),
         encoded(photo(0), mode="CMYK"),
         encoded(photo(0), "PNG"),
         encoded(photo(0), "WEBP", lossless=True),
@@ -108,8 +109,80 @@ def test_what_is_no_plain_jpeg_is_decoded_whole():
         pixels, whole = decode_smaller(data, 3, never)
         assert whole is None and np.array_equal(pixels, decode(data))
     odd = encoded(photo(0)).replace(b"\xff\xda", b"\x00" * 7 + b"\xff\xda", 1)  # Pillow's, which is asked second
-    pixels, whole = decode_smaller(odd, 3, lambda *size: 4)
+    pixels, whole = decode_smaller(odd, 3, lambda *size: Need(4))
     assert whole is None and pixels.shape == (HEIGHT, WIDTH, 3)
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4, 8])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_jpeg_is_decoded_smaller_too(orientation, factor):
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    data = encoded(photo(0, 184, 248), quality=95, exif=tags.tobytes())
+    with Image.open(io.BytesIO(data)) as image:
+        whole = np.asarray(ImageOps.exif_transpose(image)).astype(int)
+    sizes = []
+    pixels, said = decode_smaller(data, 3, lambda *size: (sizes.append(size), Need(factor, 40))[1])
+    assert sizes == [whole.shape[:2]]
+    assert said == (None if factor == 1 and orientation > 1 else (*whole.shape[:2], factor))
+    assert pixels.flags.c_contiguous
+    rows, columns = min(whole.shape[0] // factor, len(pixels)), whole.shape[1] // factor
+    squares = whole[: rows * factor, : columns * factor].reshape(rows, factor, columns, factor, 3).mean((1, 3))
+    assert np.abs(pixels[:rows, :columns] - squares).mean() < 2.5
+
+
+# Rows
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("factor", [1, 2, 4, 8])
+def test_rows_below_the_last_one_needed_change_nothing(factor, subsampling, channels):
+    data = encoded(photo(3), quality=93, subsampling=subsampling)
+    all_rows, _ = decode_smaller(data, channels, lambda *size: Need(factor))
+    for rows in (1, 15, 16, 17, 100, HEIGHT - 20, HEIGHT - 1, HEIGHT):
+        pixels, whole = decode_smaller(data, channels, lambda *size, rows=rows: Need(factor, rows))
+        assert pixels.shape[1:] == all_rows.shape[1:] and (whole is None or whole == (HEIGHT, WIDTH, factor))
+        bottom = min(len(all_rows), (rows + factor // 2) // factor)  # where `cut` ends a box that ends there
+        assert bottom <= len(pixels) <= bottom + 40 // factor + 1
+        assert np.array_equal(pixels[:bottom], all_rows[:bottom])
+
+
+@pytest.mark.parametrize("options", [{"progressive": True}, {"restart_marker_rows": 1}], ids=str)
+def test_files_that_cannot_end_early_are_decoded_to_the_end(options):
+    data = encoded(photo(3), **options)
+    assert np.array_equal(decode_smaller(data, 3, lambda *size: Need(1, 16))[0], decode(data))
+
+
+def test_a_cut_file_is_noticed_although_its_upper_rows_are_there():
+    data = encoded(photo(3))
+    assert decode_plan(data, lambda *size: Need(1, 16)).rows == 32
+    with pytest.raises(DecodeError):
+        decode_smaller(data[:-200], 3, lambda *size: Need(1, 16))
+
+
+def test_damage_above_the_last_row_is_never_taken_for_the_end(monkeypatch):
+    """What was changed before it was packed: checksums tell all that comes later."""
+    data = encoded(photo(3), quality=90)
+    begin, draw = data.index(b"\xff\xda") + 14, np.random.default_rng(0)
+    monkeypatch.setattr(decode_module, "_with_pillow", lambda *_: None)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(data)
+        place = begin + int(draw.integers((len(data) - begin) // 4))
+        if draw.integers(2):
+            damaged[place] ^= 1 << int(draw.integers(8))
+        else:
+            damaged[place : place + 2] = b"\xff\xd9"  # the end, too early
+        upper, _ = decode_smaller(bytes(damaged), 3, lambda *size: Need(1, 150))
+        refused += upper is None
+        try:
+            whole = simplejpeg.decode_jpeg(bytes(damaged), strict=True)
+        except ValueError as error:  # a code that went astray and is legal may show at the file's end alone
+            assert upper is None or "extraneous" in str(error) or "premature end" in str(error)
+        else:
+            assert np.array_equal(upper[:150], whole[:150])
+    assert refused > 50
 
 
 # Boxes and factors
@@ -133,7 +206,7 @@ def test_the_largest_factor_of_the_most_demanding_view(augment):
     augment, found = augment(augment.Config(size=SIZE)), set()
     for row in range(60):
         positions = range(2 * row, 2 * row + 2)
-        factor = largest_factor(augment, {"size": SIZE}, [(7, position) for position in positions], HEIGHT, WIDTH)
+        factor = need_of_views(augment, {"size": SIZE}, [(7, position) for position in positions], HEIGHT, WIDTH).factor
         sides: list[int] = []
         for position in positions:
             for view in range(augment.views):
@@ -144,7 +217,7 @@ def test_the_largest_factor_of_the_most_demanding_view(augment):
     assert len(found) >= 2
     for size, factor in [(HEIGHT, 1), (HEIGHT // 2, 2), (HEIGHT // 2 + 1, 1), (23, 8), (24, 4), (1, 8)]:
         simple = Standard(Standard.Config(size=size, crop="simple", pad=0))
-        assert largest_factor(simple, {"size": size}, [(0, 0)], HEIGHT, WIDTH) == factor
+        assert need_of_views(simple, {"size": size}, [(0, 0)], HEIGHT, WIDTH).factor == factor
 
 
 def test_interpolation_drawn_before_the_box():
@@ -218,7 +291,7 @@ def test_whole_images_give_the_pixels_they_always_gave(folder):
     """Where nothing can be decoded smaller; against a transcription: decode, box, resize, flip."""
     size = 100
     ours = stream(folder, CropFlip(CropFlip.Config(size=size)))
-    shards, numbers = ours.order.locate(np.arange(24))
+    shards, numbers = ours.course.locate(np.arange(24))[:2]
     for position, views in views_of(ours, steps=2).items():
         image = ours.images.load(int(shards[position]), int(numbers[position])).image
         seed_sample(3, position, 0)
@@ -243,9 +316,9 @@ def test_a_cache_and_what_draws_no_box_decode_whole(folder, monkeypatch):
 
 def test_a_sample_decoded_smaller_says_so(folder):
     images = stream(folder).images
-    sample = images.load(0, 0, lambda height, width: 4)
+    sample = images.load(0, 0, lambda height, width: Need(4))
     assert sample.whole == Whole(HEIGHT, WIDTH, 4) and sample.image.shape == (47, 63, 3)
-    assert images.load(0, 5, lambda height, width: 4).whole is None  # the PNG
+    assert images.load(0, 5, lambda height, width: Need(4)).whole is None  # the PNG
     assert images.load(0, 0).whole is None
 
 

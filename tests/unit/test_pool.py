@@ -13,7 +13,7 @@ from penstock.errors import InputError
 from penstock.keyed import seed_sample
 from penstock.recipe import Source, check
 from penstock.schedule import Linear
-from penstock.streams.decode import decode_smaller
+from penstock.streams.decode import Need, decode_smaller
 from penstock.streams.loader import POOL
 from penstock.streams.manifest import Manifest
 from penstock.streams.reader import ShardReader
@@ -36,12 +36,12 @@ def by_hand(folder: Path, smaller: bool = True) -> dict[tuple[str, int], np.ndar
             data, _, key, identity = reader.read(shard, sample)
             for number in range(VIEWS):
 
-                def factor(height: int, width: int, number: int = number, identity: int = identity) -> int:
+                def need(height: int, width: int, number: int = number, identity: int = identity) -> Need:
                     seed_sample(POOL, identity, number, 0)
                     least = min(augment.box(height, width, 0, knobs)[2:])
-                    return max(f for f in (1, 2, 4, 8) if f == 1 or least >= f * SIDE) if smaller else 1
+                    return Need(max(f for f in (1, 2, 4, 8) if f == 1 or least >= f * SIDE) if smaller else 1)
 
-                image, whole = decode_smaller(data, 3, factor)
+                image, whole = decode_smaller(data, 3, need)
                 seed_sample(POOL, identity, number, 0)
                 found[key, number] = augment.view(image, 0, knobs, whole).numpy()
     return found
