@@ -88,11 +88,10 @@ class Viewer:
         wanted = _codes(*self._locate(np.array(positions)))
         order = np.argsort(wanted)
         found: dict[int, list[int]] = {position: [] for position in positions}
-        row, end = int(rows.min()), -(-self.clock.samples // repeats)
-        # The sets of a mixture come round at their own time, or, when a weight falls to 0, never again.
-        while any(len(served) < count for served in found.values()) and (
-            self.stream.course.shares is None or row < end
-        ):
+        row, end = int(rows.min()), math.inf
+        if self.stream.course.shares is not None:  # a sample may never come again, when a weight falls to 0
+            end = self.clock.samples / repeats
+        while any(len(served) < count for served in found.values()) and row < end:
             places = np.arange(row, row + min(CHUNK, self._samples), dtype=np.int64)
             codes = _codes(*self._locate(places * repeats))
             for hit in np.flatnonzero(np.isin(codes, wanted)).tolist():

@@ -7,7 +7,9 @@ no walk from the beginning, only one division for each node, in whole numbers.
 With two sets every prefix is within 1/2 of the share of each, so every window is within one row: the best there is.
 Three or more sets cannot, for most shares, all be that even (Fraenkel's conjecture, proved for up to seven sets). Here
 a prefix is off by at most `Shares.most_off` rows, below one for up to four sets, and a window by twice that; no method
-can promise less than 1 - 1 / (2n - 2) for a prefix of n sets of any shares (Tijdeman 1980).
+can promise less than 1 - 1 / (2n - 2) for a prefix of n sets of any shares (Tijdeman 1980). Where weights change on the
+way this holds for two sets as it is; with more, half a row is added for each whole that a part's share of its node goes
+up or down in all, so at most one half for a curve that only falls.
 """
 
 from collections.abc import Iterator, Sequence
@@ -104,13 +106,14 @@ class _Split:
     def begin(self, stage: int, count: int, done: int, share: Fraction) -> None:
         """From row `count` on, of which the first part has `done`, deal with another share."""
         share = share.limit_denominator(DENOMINATOR)
-        whole, rest = share.denominator, share.denominator // 2  # begins at 1/2: the nearest whole number
+        scale = DENOMINATOR // share.denominator  # parts of a row are kept as fine as they can be
+        whole, rest = share.denominator * scale, share.denominator * scale // 2  # from 1/2 on: the nearest whole number
         if stage:  # what the first part had begun of its next row stays
             turn = int(self.whole[stage - 1])
-            done_of_turn = int(self.rest[stage - 1]) + int(count - self.since[stage - 1]) * int(self.share[stage - 1])
-            rest = done_of_turn % turn * whole // turn
+            part = int(self.rest[stage - 1]) + int(count - self.since[stage - 1]) * int(self.share[stage - 1])
+            rest = part % turn * whole // turn
         self.since[stage], self.done[stage], self.rest[stage] = count, done, rest
-        self.share[stage], self.whole[stage] = share.numerator, whole
+        self.share[stage], self.whole[stage] = share.numerator * scale, whole
 
 
 def _exact(weight: float) -> Fraction:
