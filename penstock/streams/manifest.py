@@ -14,12 +14,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 from penstock.errors import InputError
-from penstock.streams.storage import LocalStorage, Storage, open_storage
+from penstock.streams.storage import Fault, LocalStorage, Storage, open_storage
 
 MANIFEST = "manifest.json"
 PLAN = ".pack-plan.json"  # written first and removed last by `penstock.streams.pack`
 VERSION = 1
-ALL_FILES = 10_000  # shards up to which each one's files are looked at before a run; of more, some of every part
 PLAIN_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
 SHA256 = re.compile("[0-9a-f]{64}")
 REMEDY = "; make it with `penstock shards pack SOURCE DEST`, or `penstock shards index FOLDER` for tars made elsewhere"
@@ -69,28 +68,32 @@ class Manifest:
             raw = storage.content(MANIFEST)
         except FileNotFoundError:
             raise InputError(f"{storage.shown} {_instead(storage)}{REMEDY}") from None
-        except OSError as error:
+        except (OSError, Fault) as error:
             raise InputError(f"{storage.shown}/{MANIFEST} cannot be read: {error}{REMEDY}") from None
         known = str(address), hashlib.sha256(raw).digest(), remote
         if known not in cls._recent:
-            manifest = cls._parsed(storage, raw)
+            try:
+                text = raw.decode("utf-8")
+                del raw  # here and below: of a set of many shards each copy is large
+                content = json.loads(text)
+                del text
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{storage.shown}/{MANIFEST} cannot be read: {error}{REMEDY}") from None
+            manifest = cls._of(storage, content)
             while len(cls._recent) >= 4:
                 cls._recent.pop(next(iter(cls._recent)))
+            storage.expect(sum(shard.bytes for shard in manifest.shards))
             cls._recent[known] = manifest
         return cls._recent[known]
 
     @classmethod
-    def _parsed(cls, storage: Storage, raw: bytes) -> "Manifest":
+    def _of(cls, storage: Storage, content: Any) -> "Manifest":
         path = f"{storage.shown}/{MANIFEST}"
-        try:
-            content = json.loads(raw.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path} cannot be read: {error}{REMEDY}") from None
         if isinstance(content, dict) and content.get("version", VERSION) != VERSION:
             raise InputError(f"{path} has version {content['version']}; this Penstock reads version {VERSION}")
         try:
             manifest = cls(
-                shards=tuple(Shard(**shard) for shard in content["shards"]),
+                shards=tuple(Shard(**shard) for shard in content.pop("shards")),
                 samples=content["samples"],
                 classes=None if content["classes"] is None else tuple(content["classes"]),
                 class_counts={int(label): count for label, count in content["class_counts"].items()},
@@ -98,9 +101,7 @@ class Manifest:
                 pack=content["pack"],
                 storage=storage,
             )
-            identity = content["identity"]
-            del content  # a set of many shards takes as much memory again
-            intact = manifest.identity == identity
+            intact = manifest.identity == content["identity"]
             wrong = manifest._wrong()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path} is not a manifest ({type(error).__name__}: {error}){REMEDY}") from None
@@ -123,8 +124,13 @@ class Manifest:
     @cached_property
     def identity(self) -> str:
         """SHA-256 in hexadecimal of all that defines the data."""
-        canonical = json.dumps(self._content(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        head, tail = _canonical(self._about() | {"shards": []}).split('"shards":[]')
+        digest = hashlib.sha256(f'{head}"shards":['.encode())
+        for first in range(0, len(self.shards), 1000):  # in parts: one text of them all would be large
+            listed = _canonical([_listed(shard) for shard in self.shards[first : first + 1000]])
+            digest.update(("," * (first > 0) + listed[1:-1]).encode())
+        digest.update(f"]{tail}".encode())
+        return digest.hexdigest()
 
     def _wrong(self) -> str:
         """What cannot be in a manifest that fits its checksum; empty when all is well."""
@@ -147,13 +153,15 @@ class Manifest:
         return ""
 
     def _content(self) -> dict[str, Any]:
+        return self._about() | {"shards": [_listed(shard) for shard in self.shards]}
+
+    def _about(self) -> dict[str, Any]:
         return {
             "version": self.version,
             "samples": self.samples,
             "classes": None if self.classes is None else list(self.classes),
             "class_counts": {str(label): count for label, count in sorted(self.class_counts.items())},
             "digest_of_ids": f"{self.digest_of_ids:016x}",  # text: readers in other languages lose bits above 2^53
-            "shards": [{name: getattr(shard, name) for name in Shard.__slots__} for shard in self.shards],
         }
 
     @property
@@ -177,7 +185,7 @@ class Manifest:
         Of a set with very many shards, those in between are only checked when they are opened.
         """
         wrong = []
-        shards = self.shards[:: -(-len(self.shards) // ALL_FILES) or 1]
+        shards = self.shards[:: -(-len(self.shards) // self.storage.shards_looked_at) or 1]
         sizes = self.storage.sizes([name for shard in shards for name in (shard.name, shard.index)])
         for shard, size, index in zip(shards, sizes[::2], sizes[1::2], strict=True):
             if size is None:
@@ -216,6 +224,14 @@ class Manifest:
         if not words and self.shards != other.shards:
             words.append("the shards come in another order")
         return words
+
+
+def _listed(shard: Shard) -> dict[str, Any]:
+    return {name: getattr(shard, name) for name in Shard.__slots__}
+
+
+def _canonical(content: Any) -> str:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def safe_name(name: Any) -> bool:

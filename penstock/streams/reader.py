@@ -6,18 +6,22 @@ import resource
 import weakref
 import zlib
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from penstock.errors import InputError
 from penstock.streams.index import is_index
-from penstock.streams.manifest import Manifest
+from penstock.streams.manifest import Manifest, Shard
 from penstock.streams.storage import Fault, File
 from penstock.streams.timing import BYTES
 
 REMEDY = "; copy or pack the set again, or see `penstock shards verify`"
+BLOCK = 256  # as many samples as stay together in an epoch's order (data.block)
+MOST_FETCHED = 64 << 20  # bytes that are fetched at once, if they are not of one sample
+AHEAD = 32  # indices that are fetched together by who reads them all
 OPEN_SHARDS = 384  # of all readers of a process, two file descriptors each: below the usual limit of 1024
 
 
@@ -37,6 +41,14 @@ class Record:
 class _Open:
     file: File
     index: np.ndarray
+    begins: np.ndarray | None  # of the runs of bytes that are fetched at once, and the end of the last
+
+    def around(self, offset: int) -> tuple[int, int] | None:
+        """The run of bytes that a place is fetched with; None for local files."""
+        if self.begins is None:
+            return None
+        number = int(np.searchsorted(self.begins, offset, side="right"))
+        return int(self.begins[number - 1]), int(self.begins[number])
 
 
 class ShardReader:
@@ -51,6 +63,7 @@ class ShardReader:
         self.manifest = manifest
         self._open: OrderedDict[int, _Open] = OrderedDict()  # the longest unused first
         self._checked: set[int] = set()
+        self.block = BLOCK  # samples that are fetched together from an object store
         self._bytes = 0.0
         self._all.add(self)
         weakref.finalize(self, _close, self._open)
@@ -63,7 +76,7 @@ class ShardReader:
     def record(self, shard: int, sample: int) -> Record:
         row = self._opened(shard).index[sample]
         return Record(
-            row["key"].decode(),
+            row["key"].decode(errors="replace"),
             int(row["id"]),
             int(row["label"]),
             int(row["offset"]),
@@ -81,6 +94,8 @@ class ShardReader:
 
     def column(self, shard: int, name: str) -> np.ndarray:
         """A field of the index for all samples of a shard, as a copy."""
+        if shard not in self._open:  # usually the next ones follow
+            self._prepare_indices(range(shard, min(shard + AHEAD, len(self.manifest.shards))))
         return np.array(self._opened(shard).index[name])
 
     def payload(self, shard: int, record: Record) -> bytes:
@@ -89,8 +104,12 @@ class ShardReader:
         Raises:
             Fault: the file is shorter than the index says, or the bytes are not those that were packed.
         """
+        opened = self._opened(shard)
+        around = opened.around(record.offset)
         try:
-            data = self._opened(shard).file.read(record.offset, record.size)
+            data = opened.file.read(record.offset, record.size, around)
+            if zlib.crc32(data) != record.crc and opened.file.drop(record.offset, record.size, around):
+                data = opened.file.read(record.offset, record.size, around)
         except OSError as error:
             raise Fault(f"cannot be read: {error}") from error
         self._bytes += len(data)
@@ -104,6 +123,28 @@ class ShardReader:
         """(bytes, label, key, id) of a sample; raises Fault."""
         record = self.record(shard, sample)
         return self.payload(shard, record), record.label, record.key, record.id
+
+    def prepare(self, places: Iterable[tuple[int, int]]) -> None:
+        """Begin to fetch (shard, sample)s that will be read soon; nothing to do for local files."""
+        if not self.manifest.storage.fetches:
+            return
+        wanted = list(places)
+        self._prepare_indices({shard for shard, _ in wanted})
+        requests: dict[tuple[int, int], Any] = {}
+        for shard, sample in wanted:
+            opened = self._opened(shard)
+            offset, size = int(opened.index["offset"][sample]), int(opened.index["size"][sample])
+            around = opened.around(offset)
+            if around is not None and (shard, around[0]) not in requests:
+                requests[shard, around[0]] = opened.file.request(offset, size, around)
+        self.manifest.storage.ahead([request for request in requests.values() if request is not None])
+
+    def _prepare_indices(self, shards: Iterable[int]) -> None:
+        """Begin to fetch the indices of shards that are not open."""
+        storage = self.manifest.storage
+        if storage.fetches:
+            closed = [self.manifest.shards[number] for number in shards if number not in self._open]
+            storage.ahead([storage.whole_request(shard.index, shard.index_sha256) for shard in closed])
 
     def close(self) -> None:
         _close(self._open)
@@ -134,7 +175,10 @@ class ShardReader:
             index = np.load(local, mmap_mode="r", allow_pickle=False)
             if not is_index(index, shard.bytes) or len(index) != shard.samples:
                 raise ValueError("it is not the index the manifest describes")
-            return _Open(storage.open(shard.name, shard.bytes, shard.sha256), index)
+            begins = _begins(index, shard, self.block) if storage.fetches else None
+            return _Open(storage.open(shard.name, shard.bytes, shard.sha256), index, begins)
+        except InputError:
+            raise
         except Exception as error:  # NumPy's parser raises nearly anything on a damaged header
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
                 raise InputError(
@@ -142,6 +186,15 @@ class ShardReader:
                     "starts this command, with `ulimit -n 4096`, or ask who runs the machine to"
                 ) from error
             raise InputError(f"{path} or its shard cannot be used: {error}{REMEDY}") from error
+
+
+def _begins(index: np.ndarray, shard: Shard, block: int) -> np.ndarray:
+    """Where each block of `block` samples begins, and the end of the last; halved while their bytes are too many."""
+    while block > 1 and block * shard.bytes > MOST_FETCHED * max(1, shard.samples):
+        block //= 2
+    begins = index["offset"][::block].astype(np.int64)
+    begins[:1] = 0
+    return np.append(begins, shard.bytes)
 
 
 def _close(shards: OrderedDict[int, _Open], count: int | None = None) -> None:

@@ -15,8 +15,7 @@ from pydantic import BeforeValidator
 
 from penstock.errors import InputError, nearest
 from penstock.streams.atomic import replacing
-
-SCHEMES = ("s3", "gs", "az", "https", "http", "hf")
+from penstock.streams.remote.address import FORMS, SCHEMES, place, redacted
 
 
 class Fault(Exception):
@@ -37,6 +36,12 @@ class File(Protocol):
             around: begin and end of the run of bytes that is best fetched together; of no meaning for local files.
         """
 
+    def request(self, offset: int, size: int, around: tuple[int, int] | None) -> dict[str, Any] | None:
+        """What `Storage.ahead` is to fetch before such a read; None where it need not wait."""
+
+    def drop(self, offset: int, size: int, around: tuple[int, int] | None) -> bool:
+        """Forget a copy whose bytes turned out wrong. False where there is none, or it came so again."""
+
     def close(self) -> None: ...
 
 
@@ -44,10 +49,15 @@ class Storage(Protocol):
     """The files of one set, by names relative to it."""
 
     counters: dict[str, float]  # running counts of this process (names in penstock.streams.timing)
+    shards_looked_at: int  # of how many shards to ask for the files before a run
+    fetches: bool  # whether reading waits for a network, and is told beforehand what will be read
 
     @property
     def shown(self) -> Path | str:
         """The set's place, as people are shown it: never with credentials. A Path where it is a folder."""
+
+    def expect(self, total: int) -> None:
+        """The bytes of all shards together, known from the manifest."""
 
     def open(self, name: str, size: int, sha256: str) -> File:
         """A file whose size and checksum the manifest gives. Raises OSError or InputError when it is not there."""
@@ -73,6 +83,12 @@ class Storage(Protocol):
     def remove(self, name: str) -> None:
         """Take a file away, if it is there."""
 
+    def ahead(self, requests: list[dict[str, Any]]) -> None:
+        """Begin to fetch what files asked for (`File.request`)."""
+
+    def whole_request(self, name: str, sha256: str) -> dict[str, Any]:
+        """What `ahead` is to fetch before `local`."""
+
 
 # Addresses -------------------------------------------------------------------------------------
 
@@ -85,16 +101,9 @@ def is_remote(address: str | Path) -> bool:
     if match[1] not in SCHEMES or not address[match.end() :].startswith("//"):  # type: ignore[index]
         raise InputError(
             f"{redacted(str(address))} is neither a folder nor an address that can be read"
-            f"{nearest(match[1], SCHEMES)}. Write a folder, or s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, "
-            "az://ACCOUNT/CONTAINER/PREFIX, https://HOST/PATH or hf://datasets/OWNER/NAME[@REVISION]/PATH"
+            f"{nearest(match[1], SCHEMES)}. Write a folder, or {FORMS}"
         )
     return True
-
-
-def redacted(text: str) -> str:
-    """Text without what may be a credential in its addresses: user and password, and all of a query."""
-    text = re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/\s@'\"]*@", r"\1***@", text)
-    return re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s?'\"<>]*)\?[^\s'\"<>)]*", r"\1?***", text)
 
 
 def _checked(value: Any) -> Any:
@@ -102,14 +111,10 @@ def _checked(value: Any) -> Any:
         value = str(value)
     if isinstance(value, str):
         try:
-            is_remote(value)
+            if is_remote(value):
+                place(value)
         except InputError as error:
             raise ValueError(str(error)) from None
-        if redacted(value) != value:
-            raise ValueError(
-                f"{redacted(value)} holds a credential, which a recipe would keep in every run folder; leave it out, "
-                "and give it in the environment (AWS_ACCESS_KEY_ID, AZURE_STORAGE_KEY, HF_TOKEN, ...)"
-            )
     return value
 
 
@@ -135,9 +140,15 @@ def open_storage(address: str | Path, remote: Any = None) -> Storage:
 class LocalStorage:
     """Files in a folder. `os.pread` has no file position, so forked workers cannot disturb each other."""
 
+    shards_looked_at = 10_000
+    fetches = False
+
     def __init__(self, folder: Path):
         self.folder = folder
         self.counters: dict[str, float] = {}
+
+    def expect(self, total: int) -> None:
+        pass
 
     @property
     def shown(self) -> Path:
@@ -173,6 +184,12 @@ class LocalStorage:
                 with content.open("rb") as source:
                     shutil.copyfileobj(source, file)
 
+    def ahead(self, requests: list[dict[str, Any]]) -> None:
+        pass
+
+    def whole_request(self, name: str, sha256: str) -> dict[str, Any]:
+        return {}
+
     def remove(self, name: str) -> None:
         (self.folder / name).unlink(missing_ok=True)
 
@@ -185,6 +202,12 @@ class LocalFile:
 
     def read(self, offset: int, size: int, around: tuple[int, int] | None = None) -> bytes:
         return os.pread(self._handle, size, offset)
+
+    def request(self, offset: int, size: int, around: tuple[int, int] | None) -> None:
+        return None
+
+    def drop(self, offset: int, size: int, around: tuple[int, int] | None) -> bool:
+        return False
 
     def close(self) -> None:
         if self._handle >= 0:

@@ -1,0 +1,316 @@
+"""A set in an object store, as readers see it: a `Storage` whose bytes come from the fetcher and its cache."""
+
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable
+from multiprocessing.connection import Client, Connection
+from pathlib import Path
+from typing import Any, ClassVar
+
+from penstock.errors import InputError
+from penstock.streams.remote.address import place, redacted
+from penstock.streams.remote.cache import key_of, path_of
+from penstock.streams.remote.options import Remote
+from penstock.streams.storage import Fault, exactly
+from penstock.streams.timing import CACHE_HITS, CACHE_MISSES, RETRIES
+
+TRIES = 3  # times that a file may leave the cache between its arrival and its use
+FAULTS = {"Missing": "missing", "Changed": "changed", "Failed": "unreachable"}
+
+
+class RemoteStorage:
+    """The files below an address. It may be forked and pickled: every process opens connections of its own."""
+
+    shards_looked_at = 100  # with two requests each
+    fetches = True
+
+    def __init__(self, address: str, remote: Remote | None = None):
+        self.place = place(address)
+        self.address, self.remote = address.rstrip("/"), remote or Remote()
+        self.counters: dict[str, float] = {RETRIES: 0.0, CACHE_HITS: 0.0, CACHE_MISSES: 0.0}
+        self.folder = self.remote.folder
+        self.whole = self.remote.mode != "ranges"
+        self._link = Link.to(self.remote)
+
+    @property
+    def shown(self) -> str:
+        return redacted(self.address)
+
+    def expect(self, total: int) -> None:
+        """Choose what is fetched at once, for a set of so many bytes."""
+        if self.remote.mode == "auto":
+            self.whole = total <= self.remote.settings()["bytes"]
+
+    def open(self, name: str, size: int, sha256: str) -> "RemoteFile":
+        return RemoteFile(self, name, size, sha256)
+
+    def local(self, name: str, sha256: str) -> Path:
+        path = path_of(self.folder, key_of(self.address, name, sha256, 0, None))
+        if path.is_file():
+            if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+                os.utime(path)
+                return path
+            path.unlink(missing_ok=True)
+        found = self.ask("whole", name=name, size=None, sha256=sha256)[0]["path"]
+        if found is None:
+            raise InputError(
+                f"{self.shown}/{name}: the cache {self.folder} has no room for it; set data.remote.cache_dir"
+            )
+        return Path(found)
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        known = self.sizes([name])[0]
+        if known is None:
+            raise FileNotFoundError(f"there is no {name}")
+        try:
+            return self.range(name, offset, offset + size, known)
+        except _NoRanges:
+            return exactly(self.content(name)[offset : offset + size], size)
+
+    def range(self, name: str, begin: int, end: int, size: int) -> bytes:
+        """Bytes [begin, end) of an object of `size` bytes, past the cache."""
+        data = self.ask("range", name=name, begin=begin, end=end, size=size)[1]
+        assert data is not None
+        return data
+
+    def content(self, name: str) -> bytes:
+        data = self.ask("content", name=name)[1]
+        assert data is not None
+        return data
+
+    def sizes(self, names: Iterable[str]) -> list[int | None]:
+        return self.ask("sizes", names=list(names))[0]["sizes"]
+
+    def names(self) -> list[str]:
+        return self.ask("names")[0]["names"]
+
+    def write(self, name: str, content: bytes | Path) -> None:
+        if isinstance(content, bytes):
+            self.ask("put", payload=content, name=name)
+        else:
+            self.ask("put", name=name, path=str(content.absolute()))
+
+    def remove(self, name: str) -> None:
+        self.ask("remove", name=name)
+
+    def ahead(self, requests: list[dict[str, Any]]) -> None:
+        """Begin to fetch what will be asked for."""
+        if requests:
+            self._link.ask({"do": "ahead", "requests": [each | {"address": self.address} for each in requests]})
+
+    def whole_request(self, name: str, sha256: str) -> dict[str, Any]:
+        return {"do": "whole", "name": name, "size": None, "sha256": sha256}
+
+    def ask(self, do: str, payload: bytes | None = None, **values: Any) -> tuple[dict[str, Any], bytes | None]:
+        """An answer of the fetcher.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+            Fault: an object cannot be had, or is another one.
+            InputError: the store cannot be used.
+        """
+        answer, data = self._link.ask({"do": do, "address": self.address, **values}, payload)
+        self.counters[RETRIES] += answer.get("retries", 0)
+        error = answer.get("error")
+        if error == "Missing" and do in ("content", "whole"):
+            raise FileNotFoundError(answer["message"])
+        if error == "NoRanges":
+            self.whole = True
+            raise _NoRanges
+        if error in FAULTS:
+            raise Fault(answer["message"], FAULTS[error])
+        if error:
+            raise InputError(answer["message"])
+        return answer, data
+
+
+class _NoRanges(Exception):
+    """The server sends whole files alone."""
+
+
+class RemoteFile:
+    """A shard of a set in an object store, fetched when it is read."""
+
+    def __init__(self, storage: RemoteStorage, name: str, size: int, sha256: str):
+        self._storage, self._name, self._size, self._sha256 = storage, name, size, sha256
+        self._dropped: set[tuple[int, int]] = set()
+        self._loose = False  # its content as a whole is not what the manifest says; its samples may still be
+
+    def read(self, offset: int, size: int, around: tuple[int, int] | None = None) -> bytes:
+        storage, (begin, end) = self._storage, self._unit(offset, size, around)
+        for number in range(TRIES):
+            data = self._cached(begin, end, offset, size)
+            if data is not None:
+                storage.counters[CACHE_MISSES if number else CACHE_HITS] += 1
+                return data
+            if not self._fetched(begin, end):
+                break
+            begin, end = self._unit(offset, size, around)
+        storage.counters[CACHE_MISSES] += 1
+        try:
+            return storage.range(self._name, offset, offset + size, self._size)
+        except _NoRanges:
+            raise InputError(
+                f"{storage.shown}: the server sends whole files alone, and the cache {storage.folder} has no room for "
+                f"one of {self._size / 1e6:,.0f} MB; set data.remote.cache_dir or cache_bytes"
+            ) from None
+
+    def request(self, offset: int, size: int, around: tuple[int, int] | None) -> dict[str, Any] | None:
+        """What to ask for ahead of such a read; nothing where the cache has it."""
+        begin, end = self._unit(offset, size, around)
+        if self._path(begin, end).is_file():
+            return None
+        return self._wanted(begin, end)
+
+    def drop(self, offset: int, size: int, around: tuple[int, int] | None = None) -> bool:
+        """Forget the cached bytes of a read that turned out wrong. False if that was done before: they came so."""
+        unit = self._unit(offset, size, around)
+        if unit in self._dropped:
+            return False
+        self._dropped.add(unit)
+        self._path(*unit).unlink(missing_ok=True)
+        return True
+
+    def close(self) -> None:
+        pass
+
+    def _unit(self, offset: int, size: int, around: tuple[int, int] | None) -> tuple[int, int]:
+        """The run of bytes that is fetched at once."""
+        if self._storage.whole and not self._loose:
+            return 0, self._size
+        if around is not None and around[0] <= offset and offset + size <= around[1]:
+            return around
+        return offset, offset + size
+
+    def _wanted(self, begin: int, end: int) -> dict[str, Any]:
+        known = {"name": self._name, "size": self._size, "sha256": self._sha256}
+        if (begin, end) == (0, self._size):
+            return {"do": "whole", **known}
+        return {"do": "block", "begin": begin, "end": end, **known}
+
+    def _path(self, begin: int, end: int) -> Path:
+        last = None if (begin, end) == (0, self._size) else end
+        return path_of(self._storage.folder, key_of(self._storage.address, self._name, self._sha256, begin, last))
+
+    def _cached(self, begin: int, end: int, offset: int, size: int) -> bytes | None:
+        try:
+            file = os.open(self._path(begin, end), os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        try:
+            data = os.pread(file, size, offset - begin)
+            with contextlib.suppress(OSError):
+                os.utime(file)  # the cache lets go of what was not used for longest
+        finally:
+            os.close(file)
+        return data if len(data) == size else None
+
+    def _fetched(self, begin: int, end: int) -> bool:
+        """Have the cache fetch a unit; False where it cannot, and every read goes over the network."""
+        wanted = self._wanted(begin, end)
+        try:
+            return self._storage.ask(wanted.pop("do"), **wanted)[0]["path"] is not None
+        except _NoRanges:
+            return True  # whole files from now on
+        except FileNotFoundError as error:
+            raise Fault(str(error), "missing") from None
+        except Fault as fault:
+            if fault.kind != "changed" or "SHA-256" not in str(fault):
+                raise
+            self._loose = True  # each sample is judged by its own checksum, as it is on a local disk
+            return True
+
+
+class Link:
+    """Connections to the fetcher of a process and its forks; one for each process and thread."""
+
+    _links: ClassVar[dict[str, "Link"]] = {}
+    _lock: ClassVar[Any] = threading.Lock()
+
+    def __init__(self, settings: str):
+        self.settings = settings
+        self.socket: str | None = None
+        self._connections: dict[tuple[int, int], Connection] = {}
+
+    @classmethod
+    def to(cls, remote: Remote) -> "Link":
+        settings = json.dumps(remote.settings(), sort_keys=True)
+        return cls._links.setdefault(settings, Link(settings))
+
+    def __reduce__(self) -> Any:
+        return _link, (self.settings, self.socket)
+
+    def ask(self, request: dict[str, Any], payload: bytes | None = None) -> tuple[dict[str, Any], bytes | None]:
+        """Send a request and wait for its answer. A fetcher that is gone is started anew, once."""
+        message = json.dumps(request | {"payload": payload is not None}).encode()
+        for attempt in range(2):
+            connection = self._connection()
+            try:
+                connection.send_bytes(message)
+                if payload is not None:
+                    connection.send_bytes(payload)
+                answer = json.loads(connection.recv_bytes())
+                return answer, connection.recv_bytes() if answer["payload"] else None
+            except (EOFError, OSError):
+                self._forget()
+                if attempt:
+                    raise InputError(
+                        "the process that reads object stores was killed; run the same command again"
+                    ) from None
+        raise AssertionError("unreachable")
+
+    def _connection(self) -> Connection:
+        who = os.getpid(), threading.get_ident()
+        if who not in self._connections:
+            with self._lock:
+                if self.socket is None:
+                    self.socket = _start(self.settings)
+            try:
+                self._connections[who] = Client(self.socket, "AF_UNIX")
+            except OSError:
+                with self._lock:
+                    self.socket = _start(self.settings)
+                self._connections[who] = Client(self.socket, "AF_UNIX")
+        return self._connections[who]
+
+    def _forget(self) -> None:
+        connection = self._connections.pop((os.getpid(), threading.get_ident()), None)
+        if connection is not None:
+            connection.close()
+
+
+def _link(settings: str, socket: str | None) -> Link:
+    link = Link._links.setdefault(settings, Link(settings))
+    link.socket = link.socket or socket
+    return link
+
+
+def _start(settings: str) -> str:
+    """Start a fetcher; returns the path of its socket, in a folder that only this user can enter."""
+    folder = tempfile.mkdtemp(prefix="penstock-", dir="/tmp" if len(tempfile.gettempdir()) > 60 else None)
+    socket = os.path.join(folder, "fetcher")  # noqa: PTH118
+    process = subprocess.Popen(
+        [sys.executable, "-m", "penstock.streams.remote.fetcher", socket], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdin and process.stdout
+    process.stdin.write(settings.encode() + b"\n")
+    process.stdin.flush()
+    line = process.stdout.readline()
+    process.stdout.close()
+    try:
+        said = json.loads(line)
+    except ValueError:
+        raise InputError("the process that reads object stores did not start; see its message above") from None
+    if "error" in said:
+        raise InputError(said["error"])
+    _processes.append(process)
+    return socket
+
+
+_processes: list[subprocess.Popen] = []  # kept, as a fetcher ends when its standard input closes
