@@ -36,6 +36,8 @@ def conflicts(recipe: Any) -> Iterator[str]:
     """What in a recipe cached answers cannot go with; each says the key, the value and what to write instead."""
     if recipe.data.pool is None:
         yield "data.pool: cached answers belong to views that come again; say how many each sample has, such as 10"
+    if recipe.data.stages:
+        yield "data.stages: cached answers are for views that no stage has changed; remove them, or the cache"
     for name in ("mixup", "cutmix"):
         if getattr(recipe.mix, name) != 0:
             yield (

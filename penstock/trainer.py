@@ -175,6 +175,8 @@ class Books:
             if bad:
                 kinds = {f"data/unreadable_{kind}": count for kind, count in self.faults.kinds.items() if count}
                 self._run.tracker.log(state.step, {"data/unreadable": bad, **kinds})
+            if self.faults.dropped:
+                self._run.tracker.log(state.step, {"data/dropped": self.faults.dropped})
 
 
 def _save(run: Run, state: State, books: Books, tick: Tick) -> None:

@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from penstock.errors import InputError
 from penstock.recipe import Block
-from penstock.streams.extras import check_names
+from penstock.streams.extras import check_names, check_present
 from penstock.streams.manifest import Manifest
 from penstock.streams.mixture import Train, check_sets, open_part, open_reader, open_sets, places_of
 from penstock.streams.part import parse_labels
@@ -88,6 +88,17 @@ class Data:
                 _load_if_here([val], lambda: Manifest.load(val))
             return val
 
+        @model_validator(mode="after")
+        def _has_members(self) -> "Data.Config":
+            def look() -> Manifest:
+                found = open_sets(self.train)
+                check_present(open_reader(found), self.extra)
+                return found
+
+            if self.extra:
+                _load_if_here([address for _, address in places_of("", self.train)], look)
+            return self
+
         def places(self) -> Iterator[tuple[str, str]]:
             """(key of the recipe, address) of every set."""
             yield from places_of("data.train", self.train)
@@ -107,4 +118,4 @@ def _load_if_here(addresses: list[str], load: Callable[[], Manifest]) -> None:
         try:
             load()
         except InputError as error:
-            raise ValueError(str(error)) from error
+            raise ValueError(str(error).removeprefix("data.")) from error

@@ -132,6 +132,6 @@ def check_present(reader: ShardReader, wanted: Mapping[str, str]) -> None:
             f"its samples have {', '.join(sorted(seen))}" if seen else "its samples have nothing beside image and label"
         )
         raise InputError(
-            f"data.extra: no sample of {reader.manifest.root} has a member {', '.join(sorted(missing))}; {has}. "
-            "Sets indexed by an older Penstock do not list them: delete manifest.json and index again"
+            f"data.extra: no sample of {reader.manifest.root} has a member {', '.join(sorted(missing))}; {has}. If "
+            "an older Penstock made the index, which lists none of them, delete manifest.json and index again"
         )

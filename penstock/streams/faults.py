@@ -13,7 +13,8 @@ from penstock.streams.batch import Batch
 WINDOW = 100_000  # samples over which the rate is taken
 FEWEST = 10  # faults below which no rate is alarming
 SHOWN = 20
-KINDS = ("unreachable", "short", "changed", "undecodable", "no_answer", "other")  # of `Fault` and `DecodeError`
+DROPPED = "dropped"  # by a stage of the user
+KINDS = ("unreachable", "short", "changed", "undecodable", "extra", "no_answer", "other")  # of a `Fault`, say
 
 
 class FaultLog:
@@ -22,7 +23,7 @@ class FaultLog:
     Args:
         folder: the run's folder; each rank writes `faults-rank-00000.jsonl`.
         max_bad: the highest share of unreadable samples, judged over the last 100,000 samples (or as many as there
-            were) once 10 of them are unreadable.
+            were) once 10 of them are unreadable. Samples that a stage of the user dropped are counted apart.
     """
 
     def __init__(self, folder: Path, max_bad: float):
@@ -30,17 +31,21 @@ class FaultLog:
         self.max_bad = max_bad
         self.total = 0  # over all ranks, as of the last check
         self.kinds = dict.fromkeys(KINDS, 0)  # the total by what was wrong
+        self.dropped = 0  # over all ranks, as of the last check
         self._recent: deque[dict] = deque(maxlen=SHOWN)
-        self._new = [0] * (1 + len(KINDS))  # samples and faults by kind, of this rank since the last check
+        self._new = [0] * (2 + len(KINDS))  # samples, dropped ones, faults by kind, of this rank since the last check
         self._window: deque[tuple[int, int]] = deque()
 
     def add(self, batch: Batch) -> None:
         """Count a micro-batch, and write its faults down."""
         self._new[0] += len(batch)
         for fault in batch.faults:
-            self._new[1 + KINDS.index(fault["kind"] if fault["kind"] in KINDS else "other")] += 1
+            if fault["kind"] == DROPPED:
+                self._new[1] += 1
+            else:
+                self._new[2 + KINDS.index(fault["kind"] if fault["kind"] in KINDS else "other")] += 1
+                self._recent.append(fault)
         if batch.faults:
-            self._recent.extend(batch.faults)
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(
                     json.dumps(fault | {"step": batch.step}, ensure_ascii=False) + "\n" for fault in batch.faults
@@ -53,11 +58,12 @@ class FaultLog:
             InputError: on all ranks, with a list, when the rate has passed `max_bad`.
         """
         counts = torch.tensor(self._new, dtype=torch.int64, device=distributed.device())
-        samples, *kinds = distributed.all_sum(counts).tolist()
+        samples, dropped, *kinds = distributed.all_sum(counts).tolist()
         self._new = [0] * len(self._new)
         self.kinds = {kind: count + new for (kind, count), new in zip(self.kinds.items(), kinds, strict=True)}
         faults = sum(kinds)
         self.total += faults
+        self.dropped += dropped
         self._window.append((samples, faults))
         while sum(count for count, _ in self._window) - self._window[0][0] >= WINDOW:
             self._window.popleft()

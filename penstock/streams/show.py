@@ -1,10 +1,12 @@
 """What a set holds, in words and numbers."""
 
+from collections import Counter
+
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from penstock.streams.index import load_records
+from penstock.streams.index import EXTRA, load_records
 from penstock.streams.manifest import Manifest
 
 MOST_CLASSES = 40  # rows of the table of classes
@@ -13,7 +15,8 @@ MOST_CLASSES = 40  # rows of the table of classes
 def print_summary(manifest: Manifest) -> None:
     """Counts, sizes and classes on standard output."""
     console = Console(markup=False, highlight=False)
-    sizes = _sizes(manifest)
+    parts = [load_records(manifest.storage.local(shard.index, shard.index_sha256)) for shard in manifest.shards]
+    sizes = {name: np.concatenate([part[name] for part in parts]) for name in ("width", "height", "size")}
     table = Table(show_header=False, title=str(manifest.root))
     table.add_column()
     table.add_column(overflow="fold")
@@ -28,6 +31,8 @@ def print_summary(manifest: Manifest) -> None:
     unknown = int((sizes["width"] == 0).sum())
     if unknown:
         table.add_row("headers not readable", f"{unknown:,}")
+    for suffix, count in _members(parts).items():
+        table.add_row(f"with {suffix}", f"{count:,}")
     table.add_row("made from", str(manifest.pack.get("source", "tars made elsewhere")))
     table.add_row("identity", manifest.identity)
     console.print(table)
@@ -35,9 +40,13 @@ def print_summary(manifest: Manifest) -> None:
         console.print(_classes(manifest))
 
 
-def _sizes(manifest: Manifest) -> dict[str, np.ndarray]:
-    parts = [load_records(manifest.storage.local(shard.index, shard.index_sha256)) for shard in manifest.shards]
-    return {name: np.concatenate([part[name] for part in parts]) for name in ("width", "height", "size")}
+def _members(parts: list[np.ndarray]) -> dict[str, int]:
+    """Samples that have a member beside image and label, by its suffix."""
+    found: Counter[str] = Counter()
+    for records in parts:
+        for name in (name for name in records.dtype.names or () if name.startswith(EXTRA)):
+            found[name.removeprefix(EXTRA)] += int((records[name]["offset"] > 0).sum())
+    return dict(sorted(found.items()))
 
 
 def _spread(values: np.ndarray) -> str:

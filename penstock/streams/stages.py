@@ -24,6 +24,7 @@ from penstock.errors import InputError
 from penstock.keyed import seed_sample
 from penstock.streams.batch import Batch
 from penstock.streams.extras import Extras, check_present
+from penstock.streams.faults import DROPPED
 from penstock.streams.reader import Fault
 from penstock.streams.timing import AUGMENT, READ, since
 
@@ -142,7 +143,7 @@ class After:
             seed_sample(*key, KEYED + number)
             sample = _passed(name, stage, sample)
             if DROP in sample:
-                return None, Fault(f"{name} dropped it: {sample[DROP]}", "dropped")
+                return None, Fault(f"{name} dropped it: {sample[DROP]}", DROPPED)
         spent[AUGMENT] += perf_counter() - began
         return sample, None
 

@@ -13,6 +13,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from penstock.augment.crop_flip import CropFlip
+from penstock.cli import main
 from penstock.errors import InputError
 from penstock.streams import extras
 from penstock.streams.data import Data
@@ -158,10 +159,18 @@ def test_what_cannot_be_asked_for(folder, wanted, said):
 
 
 def test_a_set_without_them_says_what_it_has(folder):
-    with pytest.raises(
-        InputError, match=r"no sample of .* has a member depth.npy; its samples have json, mask.png, npy, txt"
-    ):
+    said = r"no sample of .* has a member depth.npy; its samples have json, mask.png, npy, txt"
+    with pytest.raises(ValidationError, match="extra: " + said):  # before anything starts, where the set is at hand
         stream(folder, extra={"depth": "depth.npy"})
+    with pytest.raises(InputError, match=r"data\.extra: " + said):
+        extras.check_present(ShardReader(Manifest.load(folder)), {"depth": "depth.npy"})
+
+
+def test_show_counts_them(folder, capsys):
+    assert main(["shards", "show", str(folder)]) == 0
+    said = [" ".join(line.replace("│", " ").split()) for line in capsys.readouterr().out.splitlines()]
+    with_caption = sum("caption" in members_of(number) for number in range(TOTAL))
+    assert f"with txt {with_caption}" in said and f"with mask.png {TOTAL}" in said
 
 
 def test_a_mixture_hands_over_those_of_each_set(tmp_path, folder):

@@ -1,5 +1,6 @@
 """The user's own stages: what they hand over, and that they cannot break counts."""
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from penstock.schedule import Clock
 from penstock.streams import stages
 from penstock.streams.data import Data
 from penstock.streams.evaluation import EvalStream
+from penstock.streams.faults import FaultLog
 from penstock.streams.images import Images
 from penstock.streams.manifest import Manifest
 from penstock.streams.train import TrainStream
@@ -212,6 +214,15 @@ def test_a_dropped_sample_is_a_counted_slot_of_weight_0(folder):
         assert not gone or (fault[0]["kind"], fault[0]["reason"]) == ("dropped", "small_ones dropped it: too small")
     served = Counter(int(i) for batch in batches for i in batch.ids.tolist())  # type: ignore[union-attr]  # whoever proves epochs counts them as served
     assert len(served) == TOTAL
+
+
+def test_drops_do_not_count_as_damage(folder, tmp_path):
+    log = FaultLog(tmp_path, max_bad=0.0)
+    for batch in take(stream(folder, [small_ones]), 8):
+        log.add(batch)
+    assert log.check() == 0
+    lines = (tmp_path / "faults-rank-00000.jsonl").read_text().splitlines()
+    assert len(lines) == log.dropped > 10 and json.loads(lines[0])["reason"] == "small_ones dropped it: too small"
 
 
 def all_gone(samples):
