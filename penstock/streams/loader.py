@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sys
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from penstock.streams.timing import AUGMENT, SAMPLES, since
 
 POOL = 0x9001 << 44  # keys of a fixed pool's views begin with it, which no position does
 FEW_VIEWS = 2  # more of them reach nearly all rows together
+AHEAD = 2  # micro-batches of a worker whose images are asked for beforehand, from a store beyond this machine
 Key = tuple[int, ...]  # of a served sample's random numbers; a view's number follows it
 
 
@@ -241,10 +243,21 @@ class _Planned(IterableDataset):
     def __iter__(self) -> Iterator[Batch]:
         worker: Any = get_worker_info()
         number, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        while (micro := self.plan.micro(number)) is not None:
+        for micro in _prepared(self.plan, number, stride, self.images):
             batch = assemble(micro, self.images, self.augment, self.seed, self.sidecar)
             yield batch if self.after is None else self.after(batch, micro)
-            number += stride
+
+
+def _prepared(plan: Plan, number: int, stride: int, images: Images) -> Iterator[Micro]:
+    """Every stride-th micro-batch from a number on; what is fetched for one is asked for while others are made."""
+    waiting: deque[Micro] = deque()
+    while (micro := plan.micro(number)) is not None:
+        images.reader.prepare(zip(micro.shards.tolist(), micro.samples.tolist(), strict=True))
+        waiting.append(micro)
+        number += stride
+        if len(waiting) > AHEAD:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def _stack(slot: list[torch.Tensor | None], shape: tuple[int, ...]) -> torch.Tensor:

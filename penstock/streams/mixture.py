@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -186,6 +186,15 @@ class JoinedReader:
         number, within = self._place(shard)
         values = self.readers[number].column(within, name)
         return self.manifest.sets[number].labels(values) if name == "label" else values
+
+    def prepare(self, places: Iterable[tuple[int, int]]) -> None:
+        by_set: dict[int, list[tuple[int, int]]] = {}
+        for shard, sample in places:
+            if shard >= 0:
+                number, within = self._place(shard)
+                by_set.setdefault(number, []).append((within, sample))
+        for number, mine in by_set.items():
+            self.readers[number].prepare(mine)
 
     def payload(self, shard: int, record: Record) -> bytes:
         number, within = self._place(shard)

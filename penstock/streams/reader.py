@@ -128,7 +128,7 @@ class ShardReader:
         """Begin to fetch (shard, sample)s that will be read soon; nothing to do for local files."""
         if not self.manifest.storage.fetches:
             return
-        wanted = list(places)
+        wanted = [place for place in places if place[0] >= 0]
         self._prepare_indices({shard for shard, _ in wanted})
         requests: dict[tuple[int, int], Any] = {}
         for shard, sample in wanted:
