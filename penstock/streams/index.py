@@ -67,9 +67,17 @@ def load_records(index: Path) -> np.ndarray:
         records = np.load(index, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # NumPy's parser raises nearly anything on a damaged header
         raise InputError(f"{index} cannot be read ({error}); `penstock shards verify` tells more") from None
-    if not is_index(records):
+    if not is_index(records) or not _is_text(records["key"]):
         raise InputError(f"{index} is not an index; `penstock shards verify` tells more")
     return records
+
+
+def _is_text(keys: np.ndarray) -> bool:
+    try:
+        b"\n".join(keys.tolist()).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def is_index(records: np.ndarray, tar_bytes: int | None = None) -> bool:
@@ -81,10 +89,6 @@ def is_index(records: np.ndarray, tar_bytes: int | None = None) -> bool:
     if columns[: len(FIELDS)] != FIELDS or last != "key" or kind[1] != "S":
         return False
     if not all(name.startswith(EXTRA) and records.dtype[name] == np.dtype(PLACE) for name, _ in extras):
-        return False
-    try:
-        b"\n".join(records["key"].tolist()).decode()
-    except UnicodeDecodeError:
         return False
     places = [records, *(records[name] for name, _ in extras)]
     return tar_bytes is None or all(
