@@ -14,6 +14,12 @@ class InputError(Exception):
     The message says what is wrong, where, and what to do instead. Programs print it without a traceback and exit 2.
     """
 
+    def __str__(self) -> str:
+        """The message alone, where a data loader's worker has put its traceback before it."""
+        said = super().__str__()
+        in_worker = said.startswith("Caught InputError in DataLoader worker")
+        return said.rpartition(f"{__name__}.InputError: ")[2].rstrip() if in_worker else said
+
 
 class RunFailed(Exception):
     """Training cannot go on (it diverged, say). The message says why and what to try; programs exit 3."""

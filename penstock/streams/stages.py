@@ -10,6 +10,7 @@ import importlib
 import operator
 import re
 import sys
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -196,7 +197,9 @@ def _passed(name: str, stage: Any, given: dict[str, Any]) -> dict[str, Any]:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{where} {type(error).__name__}: {error}") from error
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        line = f"({last.filename}, line {last.lineno})"
+        raise InputError(f"{where} {type(error).__name__}: {error} {line}") from error
     if not made:
         raise InputError(
             f"{where} it gave no sample back, which would break the count of samples. To leave one out, give it back "
