@@ -29,8 +29,8 @@ def mistake(detail: ErrorDetails, model: type[BaseModel]) -> tuple[str, str]:
         return key, f"must be a block of keys and values, such as {{name: ...}}, not {given!r}"
     if isinstance(given, dict):  # a block's own rule; it may begin with the name of the field to blame
         field, _, text = message.partition(": ")
-        if field.startswith(f"{key}."):
-            return field, text
+        if field.startswith(f"{last}."):  # further within
+            return key.removesuffix(last) + field, text
         return (f"{key}.{field}", text) if field in dict(_fields(block)) else (key, message)
     shown = f", not {given!r}" if isinstance(given, (str, int, float, bool)) else ""
     return key, message if "not" in message and str(given) in message else f"{message}{shown}"
