@@ -1,6 +1,7 @@
 """From planned micro-batches to tensors: reading, augmenting and handing over, in this process or in workers."""
 
 import ctypes
+import gc
 import mmap
 import os
 import random
@@ -23,6 +24,7 @@ from penstock.augment import Augment, Boxed, side_of
 from penstock.keyed import seed_sample
 from penstock.streams.batch import Batch
 from penstock.streams.decode import ALL, Need
+from penstock.streams.handover import room_for
 from penstock.streams.images import Images, Sample
 from penstock.streams.reader import Fault
 from penstock.streams.sidecar import Sidecar
@@ -63,7 +65,7 @@ def assemble(micro: Micro, images: Images, augment: Augment, seed: int, sidecar:
     samples: list[Sample] = []
     beside: list[Mapping[str, np.ndarray]] = []
     sides = [side_of(augment, view, micro.knobs) for view in range(augment.views)]
-    slots: list[list[torch.Tensor | None]] = [[] for _ in range(augment.views)]
+    views = room_for([(len(micro.positions), images.channels, side, side) for side in sides])
     weights, faults = [], []
     with generators_kept():
         for slot, (position, shard) in enumerate(zip(micro.positions.tolist(), micro.shards.tolist(), strict=True)):
@@ -76,20 +78,20 @@ def assemble(micro: Micro, images: Images, augment: Augment, seed: int, sidecar:
                 fault = {"position": position, "shard": name, "key": sample.key}
                 faults.append(fault | {"kind": sample.kind, "reason": sample.reason})
             began = perf_counter()
-            for view, views in enumerate(slots):
+            for number, slots in enumerate(views):
                 if sample.image is None:
-                    views.append(None)
+                    slots[slot] = 0
                     continue
-                seed_sample(*key, view)
+                seed_sample(*key, number)
                 if decoded.boxed:
-                    views.append(decoded.boxed.view(sample.image, view, micro.knobs, sample.whole))
+                    slots[slot] = decoded.boxed.view(sample.image, number, micro.knobs, sample.whole)
                 else:
-                    views.append(augment.view(sample.image, view, micro.knobs))
+                    slots[slot] = augment.view(sample.image, number, micro.knobs)
             augmenting += perf_counter() - began
             weights.append(float(sample.image is not None))
             samples.append(replace(sample, image=None))  # its memory holds the next image, and needs no fresh pages
     return Batch(
-        views=[_stack(views, (images.channels, side, side)) for views, side in zip(slots, sides, strict=True)],
+        views=views,
         labels=torch.tensor([sample.label for sample in samples]),
         weights=torch.tensor(weights),
         positions=torch.from_numpy(micro.positions),
@@ -260,12 +262,6 @@ def _prepared(plan: Plan, number: int, stride: int, images: Images) -> Iterator[
     yield from waiting
 
 
-def _stack(slot: list[torch.Tensor | None], shape: tuple[int, ...]) -> torch.Tensor:
-    """[B, C, H, W]; `shape` is used when there is no readable sample."""
-    blank = torch.zeros(next((view.shape for view in slot if view is not None), shape), dtype=torch.uint8)
-    return torch.stack([blank if view is None else view for view in slot])
-
-
 @contextmanager
 def generators_kept() -> Iterator[None]:
     """Augmentation seeds the global generators; the training's own draws must not notice."""
@@ -284,6 +280,7 @@ def _start_worker(leaving: mmap.mmap, _: int) -> None:
             os._exit(0)
 
     torch.set_num_threads(1)
+    gc.freeze()  # a collection would write to what is shared with the rank, and so copy it
     for number in (signal.SIGINT, signal.SIGUSR1):  # the rank decides what they mean, and still needs its data
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, when_leaving)

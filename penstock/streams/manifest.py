@@ -49,7 +49,7 @@ class Manifest:
     version: int = VERSION
     storage: Storage = field(default_factory=lambda: LocalStorage(Path()), compare=False, repr=False)
 
-    _recent: ClassVar[dict[tuple[str, bytes, Any], "Manifest"]] = {}  # a run opens its sets several times
+    _recent: ClassVar[dict[tuple[str, bytes], "Manifest"]] = {}  # a run opens its sets several times
 
     @property
     def root(self) -> Path | str:
@@ -63,14 +63,19 @@ class Manifest:
         Args:
             remote: how to read an object store (penstock.streams.remote.Remote); None takes the defaults.
         """
-        storage = open_storage(address, remote)
+        return cls.at(open_storage(address, remote))
+
+    @classmethod
+    def at(cls, storage: Storage) -> "Manifest":
+        """`load` of a set whose storage is open."""
         try:
             raw = storage.content(MANIFEST)
         except FileNotFoundError:
             raise InputError(f"{storage.shown} {_instead(storage)}{REMEDY}") from None
         except (OSError, Fault) as error:
             raise InputError(f"{storage.shown}/{MANIFEST} cannot be read: {error}{REMEDY}") from None
-        known = str(address), hashlib.sha256(raw).digest(), remote
+        how = None if isinstance(storage, LocalStorage) else remote
+        known = str(address), hashlib.sha256(raw).digest(), how
         if known not in cls._recent:
             try:
                 text = raw.decode("utf-8")
@@ -227,7 +232,14 @@ class Manifest:
 
 
 def _listed(shard: Shard) -> dict[str, Any]:
-    return {name: getattr(shard, name) for name in Shard.__slots__}
+    return {
+        "name": shard.name,
+        "bytes": shard.bytes,
+        "sha256": shard.sha256,
+        "samples": shard.samples,
+        "index": shard.index,
+        "index_sha256": shard.index_sha256,
+    }
 
 
 def _canonical(content: Any) -> str:

@@ -117,6 +117,7 @@ class TrainStream:
             step: optimizer steps done before; since / batch unless the batch has changed.
         """
         plan = _TrainPlan(self, since, since // self.batch if step is None else step)
+        plan.micro(0)  # computes the epoch's order once, and workers share it
         return open_loader(
             plan,
             self.images,
