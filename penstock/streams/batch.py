@@ -1,10 +1,12 @@
 """What a stream hands to the loop."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from penstock.streams.handover import Piece, by_value, packed, to_tensors, unpacked
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,11 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.weights)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How workers send it (penstock/streams/handover.py)."""
+        rest = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("views", "members")}
+        return _received, (packed(self.views), by_value(rest), self.members)
 
     def pin_memory(self) -> "Batch":
         """In page-locked memory, from which a copy to the GPU is asynchronous; called by the data loader."""
@@ -50,3 +57,7 @@ class Batch:
             positions=move(self.positions),
             extra={name: move(values) for name, values in self.extra.items()},
         )
+
+
+def _received(views: Piece | list[Tensor], rest: dict[str, Any], members: dict[str, list[Any]]) -> Batch:
+    return Batch(views=unpacked(views), members=members, **to_tensors(rest))
