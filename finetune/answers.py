@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 def conflicts(recipe: Any) -> Iterator[str]:
     """What in a recipe cached answers cannot go with; each says the key, the value and what to write instead."""
+    if not isinstance(recipe.data.train, str):
+        yield "data.train: cached answers belong to one packed set, and these are several; let the teacher run"
     if recipe.data.pool is None:
         yield "data.pool: cached answers belong to views that come again; say how many each sample has, such as 10"
     if recipe.data.stages:

@@ -24,7 +24,7 @@ from penstock.signals import Stop
 from penstock.stage import Recipe, save_recipe, since_launch
 from penstock.streams.data import Data
 from penstock.streams.evaluation import EvalStream
-from penstock.streams.mixture import places_of
+from penstock.streams.mixture import labelled, places_of
 from penstock.streams.sidecar import Sidecar
 from penstock.streams.train import TrainStream
 from penstock.task import Task
@@ -127,7 +127,7 @@ def run(recipe: Recipe, stage: Stage, find_lr: bool = False) -> int:
     tracker, meters = _tracker(recipe, data, stage), Meters()
     try:
         size = task.backbone.size
-        train = eval_stream(recipe.monitor, data, data.train, size, engine.device.type)
+        train = eval_stream(recipe.monitor, data, data.train, size, engine.device.type, labelled(data.train))
         val = eval_stream(recipe.monitor, data, data.val, size, engine.device.type) if data.val else None
         parts = Parts(recipe, data, clock, engine, meters, tracker, train, val, average)
         measures = stage.measures(parts)

@@ -21,7 +21,7 @@ def class_names(data: Data) -> tuple[str, ...]:
         if manifest.unlabelled:
             raise InputError(
                 f"{key}: {manifest.unlabelled} of {manifest.samples} samples of {manifest.root} have no label; "
-                "pack it from a folder per class"
+                "pack it from a folder per class, or leave such sets of a mixture out"
             )
     largest, _ = _largest_label(data.train)
     names = data.train.classes or tuple(str(label) for label in range(largest + 1))

@@ -263,6 +263,17 @@ def open_part(reader: Any, labels: str | None, seed: int, repeats: int) -> Any:
     return (JoinedPart if isinstance(reader, JoinedReader) else Part)(reader, labels, seed, repeats)
 
 
+def labelled(manifest: Manifest) -> np.ndarray | None:
+    """Numbers of a mixture's samples that have a label, where some have none; None for all."""
+    if not isinstance(manifest, Joined) or manifest.unlabelled in (0, manifest.samples):
+        return None
+    reader, found, first = JoinedReader(manifest), [], 0
+    for number, shard in enumerate(manifest.shards):
+        found.append(first + np.flatnonzero(reader.column(number, "label") >= 0))
+        first += shard.samples
+    return np.concatenate(found)
+
+
 # Classes -----------------------------------------------------------------------------------------
 
 

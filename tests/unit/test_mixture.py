@@ -22,8 +22,10 @@ from penstock.streams.digest import digest_of
 from penstock.streams.evaluation import EvalStream
 from penstock.streams.images import Images
 from penstock.streams.manifest import Manifest
+from penstock.streams.mixture import labelled
 from penstock.streams.mixture_shares import Shares
 from penstock.streams.train import TrainStream
+from penstock.streams.where import places
 from tests.shards import damage, key_of, number_of, write_set
 
 SIZES = {"big": [20, 3, 0, 18], "small": [7], "wide": [9, 8]}  # 41, 7 and 17 samples
@@ -309,6 +311,15 @@ def test_labels_pool_repeats_and_cache(folders, tmp_path):
     assert set(next(iter(chosen)).keys) == set(views)
 
 
+def test_only_samples_with_labels_are_evaluated_by(folders, tmp_path):
+    photos, web = named(tmp_path / "p", ["cat", "owl"]), named(tmp_path / "w", ["bee", "cat", "fog"])
+    assert labelled(joined(photos={"set": photos})) is None
+    assert labelled(joined(photos={"set": photos, "classes": "none"})) is None
+    some = joined(photos={"set": photos}, web={"set": web, "classes": {"bee": None, "cat": "cat", "fog": None}})
+    assert np.array_equal(labelled(some), [0, 1, 2, 3, 5, 8])
+    assert labelled(Manifest.load(photos)) is None
+
+
 def test_a_pool_counts_servings_of_the_sets_own_epochs(folders):
     augment = CropFlip(CropFlip.Config(size=6))
     seen: dict[str, list] = {}
@@ -319,6 +330,28 @@ def test_a_pool_counts_servings_of_the_sets_own_epochs(folders):
     for views in seen.values():
         assert len(views) > 3
         assert all(torch.equal(view, views[number % 3]) for number, view in enumerate(views))
+
+
+def test_a_steps_samples_are_named_with_their_sets(folders, tmp_path):
+    train = {"big": {"set": str(folders["big"]), "weight": 2}, "small": {"set": str(folders["small"])}}
+    recipe = {"duration": "20 steps", "batch": 12, "data": {"train": train}, "augment": {"name": "none", "size": 8}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    found = list(places(tmp_path / "recipe.yaml", [], step=15, rank=None, world=3))
+    assert sorted(place.position for place in found) == list(range(180, 192))
+    assert Counter(place.set for place in found) == {"big": 8, "small": 4}
+    made = TrainStream(
+        Data.Config(train=train, workers=0),
+        NoAugmentation(NoAugmentation.Config(size=8)),
+        batch=12,
+        accumulation=1,
+        rank=0,
+        world=1,
+        seed=0,
+        clock=Clock(20, 12, 48),
+    )
+    keys = {position: key for position, (key, *_) in served(take(made, 1, 180)).items()}
+    assert {place.position: place.key for place in found} == keys
+    assert {place.epoch for place in found if place.set == "small"} <= {8, 9}  # 60 of its rows are done, of 7 samples
 
 
 def test_damage_names_the_set(folders, tmp_path):
