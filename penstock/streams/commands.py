@@ -4,7 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
-from penstock.arguments import count
+from penstock.arguments import count, place
 from penstock.errors import DONE, INPUT_WRONG
 from penstock.streams import look
 
@@ -17,18 +17,18 @@ def add_commands(subparsers: argparse._SubParsersAction) -> None:
     commands = shards.add_subparsers(required=True, metavar="COMMAND")
     _add_pack(commands.add_parser("pack", help="pack images into shards with a manifest", description=PACK))
     index = commands.add_parser("index", help="make manifest and index for tars made elsewhere", description=INDEX)
-    index.add_argument("folder", metavar="FOLDER", type=Path)
+    index.add_argument("folder", metavar="FOLDER", type=place)
     says = "members that look like images and are none, such as mask.png; all others are found without"
     index.add_argument("--extra", metavar="SUFFIXES", type=_suffixes, default=(), help=says)
     _add_workers(index)
     index.set_defaults(run=_index)
     verify = commands.add_parser("verify", help="find every damaged byte of a set", description=VERIFY)
-    verify.add_argument("folder", metavar="FOLDER", type=Path)
+    verify.add_argument("folder", metavar="FOLDER", type=place)
     verify.add_argument("--fast", action="store_true", help="compare checksums only, decode nothing")
     _add_workers(verify)
     verify.set_defaults(run=_verify)
     show = commands.add_parser("show", help="print what a set holds; draw a contact sheet")
-    show.add_argument("folder", metavar="FOLDER", type=Path)
+    show.add_argument("folder", metavar="FOLDER", type=place)
     show.add_argument("--sheet", metavar="PNG", type=Path, help="write a picture of some images with their labels")
     show.add_argument("--images", type=int, default=64, help="images on the sheet (64)")
     show.set_defaults(run=_show)
@@ -51,7 +51,7 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
 def _add_pack(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", metavar="SOURCE")
-    add("dest", metavar="DEST", type=Path)
+    add("dest", metavar="DEST", type=place)
     add("--split", help="the split to pack, where a source has several (train, test, ...)")
     add("--shard-size", metavar="BYTES", type=_bytes, default=256 << 20, help="at most this much a shard (256M)")
     add("--samples-per-shard", metavar="N", type=count, default=10_000, help="at most as many a shard (10000)")
@@ -76,7 +76,7 @@ def _pack(args: argparse.Namespace) -> int:
     from penstock.streams.pack import Request, pack, refuse_nested
     from penstock.streams.sources import Options, open_source
 
-    if Path(args.source).exists():
+    if Path(args.source).exists() and isinstance(args.dest, Path):
         refuse_nested(Path(args.source), args.dest)
     options = Options(
         split=args.split,

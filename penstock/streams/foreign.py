@@ -10,14 +10,15 @@ from penstock.progress import progress
 from penstock.streams import jobs
 from penstock.streams.index import Indexed, collect, index_name, index_tar, read_records
 from penstock.streams.manifest import MANIFEST, PLAN, Manifest
+from penstock.streams.storage import LocalStorage, Storage, open_storage
 
 NAMES_TEXT, NAMES_JSON = "classes.txt", "classes.json"
 
 
 def index_folder(
-    folder: Path, workers: int, show: bool = True, extra: tuple[str, ...] = ()
+    folder: Path | str, workers: int, show: bool = True, extra: tuple[str, ...] = ()
 ) -> tuple[Manifest, list[str]]:
-    """Index every `.tar` in `folder`, in order of name, and write the manifest.
+    """Index every `.tar` in a folder, or at an address, in order of name, and write the manifest.
 
     Two of these at once are harmless: both write the same bytes, and every file appears whole.
 
@@ -31,38 +32,56 @@ def index_folder(
     Raises:
         InputError: no tars, tars that readers would misread, tars that changed since they were indexed.
     """
-    if not folder.is_dir():
+    storage = open_storage(folder)
+    if isinstance(storage, LocalStorage) and not storage.folder.is_dir():
         raise InputError(f"{folder} is not a folder; name one that holds .tar files")
-    if (folder / PLAN).is_file():
+    names = storage.names()
+    if storage.sizes([PLAN]) != [None]:
         raise InputError(f"{folder} has an unfinished pack; run the same pack command again")
-    packed = [path.name for path in folder.iterdir() if path.name.endswith((".tgz", ".tar.gz", ".tar.zst", ".tar.bz2"))]
+    packed = [name for name in names if name.endswith((".tgz", ".tar.gz", ".tar.zst", ".tar.bz2"))]
     if packed:
         raise InputError(f"{folder} holds {packed[0]}; compressed tars have no random access, so decompress them first")
-    tars = sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
+    tars = [name for name in names if name.endswith(".tar")]
     if not tars:
         raise InputError(f"{folder} holds no .tar files; to pack images, use `penstock shards pack`")
-    old = Manifest.load(folder) if (folder / MANIFEST).is_file() else None
+    old = Manifest.load(folder) if MANIFEST in names else None
+    known = {} if old is None else {shard.name: shard.sha256 for shard in old.shards}
     if old is not None:
-        _refuse_changed(old, tars)
         extra = tuple(sorted({*old.extra, *extra}))
     try:
         with progress("indexing", len(tars), show=show) as meter:
-            parts = jobs.run(_index_one, [(tar, extra) for tar in tars], workers, meter)
-        classes = old.classes if old is not None else class_names(folder)
+            parts = jobs.run(_index_one, [(storage, tar, known.get(tar), extra) for tar in tars], workers, meter)
+        classes = old.classes if old is not None else _classes_at(storage)
         made = dict(old.pack) if old is not None else {"kind": "indexed"}
-        manifest = collect(folder, parts, classes, made | ({"extra": list(extra)} if extra else {}))
+        manifest = collect(storage, parts, classes, made | ({"extra": list(extra)} if extra else {}))
         if not manifest.samples:
             raise InputError(f"the tars in {folder} hold no samples")
-        manifest.save(folder)
+        manifest.save()
     except OSError as error:
         raise InputError(f"{folder}: {error.strerror} ({error.filename}); index files are written there") from None
     return manifest, [f"{part.shard.name}: {key}" for part in parts for key in part.unreadable]
 
 
-def _index_one(tar: Path, extra: tuple[str, ...], advance: jobs.Advance) -> Indexed:
-    indexed = index_tar(tar, tar.name, tar.with_name(index_name(tar.name)), read=partial(read_records, extra=extra))
+def _index_one(
+    storage: Storage, name: str, sha256: str | None, extra: tuple[str, ...], advance: jobs.Advance
+) -> Indexed:
+    with storage.copies([name]) as folder:
+        if sha256 is not None:
+            _refuse_changed(folder / name, sha256, f"{storage.shown}/{name}")
+        index = folder / index_name(name)
+        indexed = index_tar(folder / name, name, index, read=partial(read_records, extra=extra))
+        if not isinstance(storage, LocalStorage):
+            storage.write(index.name, index)
     advance(1)
     return indexed
+
+
+def _classes_at(storage: Storage) -> tuple[str, ...] | None:
+    with storage.copies([NAMES_TEXT, NAMES_JSON]) as folder:
+        try:
+            return class_names(folder)
+        except InputError as error:
+            raise InputError(str(error).replace(str(folder), str(storage.shown))) from None
 
 
 def class_names(folder: Path) -> tuple[str, ...] | None:
@@ -85,14 +104,11 @@ def class_names(folder: Path) -> tuple[str, ...] | None:
     return tuple(content)
 
 
-def _refuse_changed(old: Manifest, tars: list[Path]) -> None:
+def _refuse_changed(tar: Path, sha256: str, shown: str) -> None:
     """An index made anew would bless damage, so shards must still be those of the manifest."""
-    known = {shard.name: shard.sha256 for shard in old.shards}
-    for tar in tars:
-        if tar.name in known:
-            with tar.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != known[tar.name]:
-                    raise InputError(
-                        f"{tar} changed since {MANIFEST} was written; `penstock shards verify` tells what is damaged. "
-                        f"If the change is meant, delete {old.root}/{MANIFEST} and index again"
-                    )
+    with tar.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            raise InputError(
+                f"{shown} changed since {MANIFEST} was written; `penstock shards verify` tells what is damaged. "
+                f"If the change is meant, delete {shown.rpartition('/')[0]}/{MANIFEST} and index again"
+            )

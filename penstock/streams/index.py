@@ -23,7 +23,7 @@ from penstock.splitmix import splitmix64_array
 from penstock.streams.atomic import replacing
 from penstock.streams.encoded import EXTENSIONS, image_size
 from penstock.streams.manifest import Manifest, Shard
-from penstock.streams.storage import LocalStorage
+from penstock.streams.storage import LocalStorage, Storage
 from penstock.streams.tar import Member, TarError, members
 
 FIELDS = [
@@ -280,15 +280,16 @@ def npy_bytes(records: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def collect(root: Path, parts: list[Indexed], classes: tuple[str, ...] | None, pack: dict) -> Manifest:
+def collect(root: Path | Storage, parts: list[Indexed], classes: tuple[str, ...] | None, pack: dict) -> Manifest:
     """The manifest of indexed shards. Raises InputError for keys used twice and labels without a class."""
+    storage = LocalStorage(root) if isinstance(root, Path) else root
     counts: Counter[int] = Counter()
     for part in parts:
         counts.update(part.counts)
     if classes is not None and counts and max(counts) >= len(classes):
         raise InputError(
-            f"{root} has the label {max(counts)} but only {len(classes)} class names (labels count from 0); correct "
-            "the names or the labels"
+            f"{storage.shown} has the label {max(counts)} but only {len(classes)} class names (labels count from 0); "
+            "correct the names or the labels"
         )
     manifest = Manifest(
         shards=tuple(part.shard for part in parts),
@@ -297,13 +298,13 @@ def collect(root: Path, parts: list[Indexed], classes: tuple[str, ...] | None, p
         class_counts=dict(sorted(counts.items())),
         digest_of_ids=digest_of(np.concatenate([part.ids for part in parts])),
         pack=pack,
-        storage=LocalStorage(root),
+        storage=storage,
     )
-    _refuse_twins(root, parts)
+    _refuse_twins(storage, parts)
     return manifest
 
 
-def _refuse_twins(root: Path, parts: list[Indexed]) -> None:
+def _refuse_twins(storage: Storage, parts: list[Indexed]) -> None:
     ids = np.concatenate([part.ids for part in parts])
     values, counts = np.unique(ids, return_counts=True)
     if (counts > 1).any():
@@ -311,9 +312,9 @@ def _refuse_twins(root: Path, parts: list[Indexed]) -> None:
         places = []
         for part in parts:
             if (part.ids == twin).any():
-                records = load_records(root / part.shard.index)
+                records = load_records(storage.local(part.shard.index, part.shard.index_sha256))
                 places.append(f"{records['key'][records['id'] == twin][0].decode()} in {part.shard.name}")
         raise InputError(
-            f"{root}: {int((counts > 1).sum())} keys name more than one sample, such as {', '.join(places)}; "
+            f"{storage.shown}: {int((counts > 1).sum())} keys name more than one sample, such as {', '.join(places)}; "
             "keys tell samples apart, so they must differ across shards, too"
         )

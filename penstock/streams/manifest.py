@@ -74,8 +74,7 @@ class Manifest:
             raise InputError(f"{storage.shown} {_instead(storage)}{REMEDY}") from None
         except (OSError, Fault) as error:
             raise InputError(f"{storage.shown}/{MANIFEST} cannot be read: {error}{REMEDY}") from None
-        how = None if isinstance(storage, LocalStorage) else remote
-        known = str(address), hashlib.sha256(raw).digest(), how
+        known = storage.key, hashlib.sha256(raw).digest()
         if known not in cls._recent:
             try:
                 text = raw.decode("utf-8")

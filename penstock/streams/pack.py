@@ -10,8 +10,10 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,13 +25,15 @@ from penstock.errors import InputError
 from penstock.progress import progress
 from penstock.splitmix import permutation
 from penstock.streams import jobs, timm_info
-from penstock.streams.atomic import replacing, sync_folder, temporary
+from penstock.streams.atomic import sync_folder, temporary
 from penstock.streams.claim import LOCK, claimed, full_disk_said
 from penstock.streams.decode import DecodeError
 from penstock.streams.encoded import storable
 from penstock.streams.index import Indexed, collect, index_name, index_tar, load_records, read_records
 from penstock.streams.manifest import MANIFEST, PLAN, Manifest
+from penstock.streams.remote import upload
 from penstock.streams.sources import Item, Source, WithExtras
+from penstock.streams.storage import LocalStorage, Storage, open_storage
 from penstock.streams.tar import BLOCK, padded
 
 PLAN_VERSION = 1
@@ -59,9 +63,9 @@ class Packed:
 
 
 def pack(
-    source: Source, address: str, dest: Path, request: Request, workers: int, skip_bad: int = 0, show: bool = True
+    source: Source, address: str, dest: Path | str, request: Request, workers: int, skip_bad: int = 0, show: bool = True
 ) -> Packed:
-    """Pack `source` into the folder `dest`.
+    """Pack `source` into the folder `dest`, or to its address.
 
     Args:
         address: what the source was called on the command line; only recorded.
@@ -71,29 +75,60 @@ def pack(
         InputError: unreadable images, a `dest` that holds something else, a full disk.
     """
     began = time.monotonic()
-    dest = dest.absolute()
+    storage = open_storage(dest.absolute() if isinstance(dest, Path) else dest)
     items = _ordered(*source.items(), request)
-    with claimed(dest), full_disk_said(dest):
-        plan = _agree_on_plan(dest, source, items, request)
+    with _alone(storage):
+        plan = _agree_on_plan(storage, source, items, request)
         size = plan["samples_per_shard"]
         numbers = range(-(-len(items) // size))
-        tasks = [(source, dest, number, items[number * size : (number + 1) * size], skip_bad > 0) for number in numbers]
+        cut = [items[number * size : (number + 1) * size] for number in numbers]
+        tasks = [(source, storage, number, cut[number], skip_bad > 0) for number in numbers]
         with progress("packing", len(items), show=show) as meter:
-            results = jobs.run(pack_shard, tasks, workers, meter)
+            results = jobs.run(_pack_to, tasks, workers, meter)
         bad = [line for _, lines, _ in results for line in lines]
         if len(bad) > skip_bad:
             raise InputError(_bad_list(bad, skip_bad))
         parts = [part for part, _, _ in results if part is not None]
         if not parts:
             raise InputError(f"{address}: none of its {len(items)} images opens")
-        manifest = collect(dest, parts, source.classes, {"source": address, **plan, **_extra(source), "skipped": bad})
+        made = {"source": address, **plan, **_extra(source), "skipped": bad}
+        manifest = collect(storage, parts, source.classes, made)
         if manifest.class_counts and not manifest.unlabelled:  # timm takes labelled images alone
-            manifest.storage.write(timm_info.NAME, timm_info.timm_info(manifest, _hints(source, address, dest)))
-        manifest.save(dest)
-        (dest / PLAN).unlink(missing_ok=True)
+            hints = _hints(source, address, str(storage.shown).rpartition("/")[2])
+            storage.write(timm_info.NAME, timm_info.timm_info(manifest, hints))
+        manifest.save()
+        for name in (*(upload.note_name(part.shard.name) for part in parts if storage.fetches), PLAN):
+            storage.remove(name)
         kept = [part.shard.samples for part, _, found in results if found and part is not None]
     seconds = time.monotonic() - began
     return Packed(manifest, len(kept), manifest.samples - sum(kept), seconds, bad, source.remarks())
+
+
+@contextmanager
+def _alone(storage: Storage) -> Iterator[None]:
+    """A folder for this process alone. In a store two packs of one plan write the same, and another plan is refused."""
+    if not isinstance(storage, LocalStorage):
+        yield
+        return
+    with claimed(storage.folder), full_disk_said(storage.folder):
+        yield
+
+
+def _pack_to(
+    source: Source, storage: Storage, number: int, items: list[tuple[str, Item]], leave_out: bool, advance: jobs.Advance
+) -> tuple[Indexed | None, list[str], bool]:
+    """`pack_shard` where the set lies; for a store, in a draft on this machine that is then sent there."""
+    if isinstance(storage, LocalStorage):
+        return pack_shard(source, storage.folder, number, items, leave_out, advance)
+    finished = upload.finished(storage, f"shard-{number:06d}.tar", [key for key, _ in items])
+    if finished is not None:
+        advance(len(items))
+        return finished, [], True
+    with tempfile.TemporaryDirectory(prefix="penstock-pack-") as folder:
+        indexed, bad, _ = pack_shard(source, Path(folder), number, items, leave_out, advance)
+        if indexed is not None:
+            upload.send(storage, Path(folder), indexed)
+    return indexed, bad, False
 
 
 def pack_shard(
@@ -174,10 +209,10 @@ def _write_tar(
             handles[-1].close()
 
 
-def _hints(source: Source, address: str, dest: Path) -> str:
+def _hints(source: Source, address: str, dest: str) -> str:
     """Words that may tell which split this is."""
     known = vars(source)
-    return f"{Path(address).name} {known.get('split')} {Path(str(known.get('root', ''))).name} {dest.name}"
+    return f"{Path(address).name} {known.get('split')} {Path(str(known.get('root', ''))).name} {dest}"
 
 
 def _extra(source: Source) -> dict[str, Any]:
@@ -216,8 +251,8 @@ def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_]+", "-", re.sub(r"\.[A-Za-z0-9]{1,4}$", "", name)).strip("-")[-60:]
 
 
-def _agree_on_plan(dest: Path, source: Source, items: list[tuple[str, Item]], request: Request) -> dict[str, Any]:
-    """The plan in `dest` when it is the same, else a new one. Raises InputError when `dest` holds something else."""
+def _agree_on_plan(storage: Storage, source: Source, items: list[tuple[str, Item]], request: Request) -> dict[str, Any]:
+    """The plan that lies there when it is the same, else a new one. Raises InputError when something else does."""
     listing = hashlib.sha256()
     for key, item in items:
         listing.update(f"{key}\0{item.place!r}\n".encode("utf-8", "surrogatepass"))
@@ -231,7 +266,8 @@ def _agree_on_plan(dest: Path, source: Source, items: list[tuple[str, Item]], re
         "listing": listing.hexdigest(),
         **asdict(request),
     }
-    old = _old_plan(dest)
+    dest = storage.shown
+    old = _old_plan(storage)
     if old is not None:
         changed = [name for name, value in wanted.items() if old.get(name) != value]
         if changed:
@@ -240,26 +276,27 @@ def _agree_on_plan(dest: Path, source: Source, items: list[tuple[str, Item]], re
                 "delete it first"
             )
         return {name: old[name] for name in (*wanted, "samples_per_shard")}
-    others = [entry.name for entry in dest.iterdir() if entry.name != LOCK]
+    others = [name for name in storage.names() if name != LOCK]
     if others:
         raise InputError(f"{dest} is not empty (it holds {sorted(others)[0]}); give a new folder as DEST")
     sample = _sample_bytes(source, items)
-    _need_space(dest, int(sample * len(items)))
+    if isinstance(storage, LocalStorage):
+        _need_space(storage.folder, int(sample * len(items)))
     most = max(1, min(request.shard_samples, int(request.shard_bytes / sample)))
     shards = -(-len(items) // most)
     plan = wanted | {"samples_per_shard": -(-len(items) // shards)}
-    with replacing(dest / PLAN) as file:
-        file.write(json.dumps(plan).encode())
+    storage.write(PLAN, json.dumps(plan).encode())
     return plan
 
 
-def _old_plan(dest: Path) -> dict[str, Any] | None:
+def _old_plan(storage: Storage) -> dict[str, Any] | None:
+    made, begun = storage.sizes([MANIFEST, PLAN])
     try:
-        if (dest / MANIFEST).is_file():
-            return dict(Manifest.load(dest).pack)
-        return json.loads((dest / PLAN).read_bytes()) if (dest / PLAN).is_file() else None
+        if made is not None:
+            return dict(Manifest.at(storage).pack)
+        return json.loads(storage.content(PLAN)) if begun is not None else None
     except ValueError:
-        raise InputError(f"{dest / PLAN} is damaged; delete the folder and pack again") from None
+        raise InputError(f"{storage.shown}/{PLAN} is damaged; delete the folder and pack again") from None
 
 
 def _sample_bytes(source: Source, items: list[tuple[str, Item]]) -> float:

@@ -8,6 +8,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -53,6 +54,14 @@ class Storage(Protocol):
     fetches: bool  # whether reading waits for a network, and is told beforehand what will be read
 
     @property
+    def key(self) -> str:
+        """Equal for storages that read the same files in the same way."""
+
+    @property
+    def lists(self) -> bool:
+        """Whether `names` can be asked for."""
+
+    @property
     def shown(self) -> Path | str:
         """The set's place, as people are shown it: never with credentials. A Path where it is a folder."""
 
@@ -76,6 +85,9 @@ class Storage(Protocol):
 
     def names(self) -> list[str]:
         """The files directly in the set's place, sorted, without drafts."""
+
+    def copies(self, names: Iterable[str]) -> AbstractContextManager[Path]:
+        """A folder that holds these files, as they are where the set lies; those that are not there are missing."""
 
     def write(self, name: str, content: bytes | Path) -> None:
         """Put a file there, whole or not at all; from memory, or from a local file."""
@@ -142,9 +154,10 @@ class LocalStorage:
 
     shards_looked_at = 10_000
     fetches = False
+    lists = True
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self.key = folder, str(folder)
         self.counters: dict[str, float] = {}
 
     def expect(self, total: int) -> None:
@@ -175,6 +188,9 @@ class LocalStorage:
 
     def names(self) -> list[str]:
         return sorted(path.name for path in self.folder.iterdir() if path.is_file() and not path.name.startswith("."))
+
+    def copies(self, names: Iterable[str]) -> AbstractContextManager[Path]:
+        return nullcontext(self.folder)
 
     def write(self, name: str, content: bytes | Path) -> None:
         with replacing(self.folder / name) as file:

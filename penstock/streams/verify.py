@@ -14,6 +14,7 @@ from penstock.streams.damage import Damage, locate
 from penstock.streams.decode import DecodeError, decode
 from penstock.streams.index import load_records, npy_bytes, read_records
 from penstock.streams.manifest import Manifest, Shard
+from penstock.streams.storage import Storage
 from penstock.streams.tar import TarError
 
 MOST_ROWS = 50
@@ -21,20 +22,21 @@ MOST_ROWS = 50
 
 def verify(manifest: Manifest, decode_images: bool = True, workers: int = 1, show: bool = True) -> list[Damage]:
     """All that is wrong with a set; empty when it is whole."""
-    tasks = [(manifest.root, shard, decode_images, manifest.extra) for shard in manifest.shards]
+    tasks = [(manifest.storage, shard, decode_images, manifest.extra) for shard in manifest.shards]
     with progress("verifying", manifest.samples, show=show) as meter:
         found = [damage for part in jobs.run(_verify_one, tasks, workers, meter) for damage in part]
     known = {shard.name for shard in manifest.shards}
-    for tar in sorted(Path(manifest.root).glob("*.tar")):
-        if tar.name not in known and not tar.name.startswith("."):
-            found.append(Damage(tar.name, "", None, "is not in the manifest"))
+    for name in manifest.storage.names() if manifest.storage.lists else ():
+        if name.endswith(".tar") and name not in known:
+            found.append(Damage(name, "", None, "is not in the manifest"))
     return found
 
 
 def _verify_one(
-    root: Path, shard: Shard, decode_images: bool, extra: tuple[str, ...], advance: jobs.Advance
+    storage: Storage, shard: Shard, decode_images: bool, extra: tuple[str, ...], advance: jobs.Advance
 ) -> list[Damage]:
-    return verify_shard(root, shard, decode_images, advance, extra)
+    with storage.copies([shard.name, shard.index]) as folder:
+        return verify_shard(folder, shard, decode_images, advance, extra)
 
 
 def verify_shard(

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,6 +34,7 @@ class RemoteStorage:
     def __init__(self, address: str, remote: Remote | None = None):
         self.place = place(address)
         self.address, self.remote = address.rstrip("/"), remote or Remote()
+        self.key = f"{self.address} {self.remote.model_dump_json()}"
         self.counters: dict[str, float] = {RETRIES: 0.0, CACHE_HITS: 0.0, CACHE_MISSES: 0.0}
         self.folder = self.remote.folder
         self.whole = self.remote.mode != "ranges"
@@ -41,6 +43,10 @@ class RemoteStorage:
     @property
     def shown(self) -> str:
         return redacted(self.address)
+
+    @property
+    def lists(self) -> bool:
+        return self.place.kind != "https"
 
     def expect(self, total: int) -> None:
         """Choose what is fetched at once, for a set of so many bytes."""
@@ -88,7 +94,17 @@ class RemoteStorage:
         return self.ask("sizes", names=list(names))[0]["sizes"]
 
     def names(self) -> list[str]:
-        return self.ask("names")[0]["names"]
+        return [name for name in self.ask("names")[0]["names"] if not name.startswith(".")]
+
+    @contextmanager
+    def copies(self, names: Iterable[str]) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="penstock-copies-") as folder:
+            for name in names:
+                path = Path(folder, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(FileNotFoundError):
+                    self.ask("copy", name=name, path=str(path))
+            yield Path(folder)
 
     def write(self, name: str, content: bytes | Path) -> None:
         if isinstance(content, bytes):
@@ -118,7 +134,7 @@ class RemoteStorage:
         answer, data = self._link.ask({"do": do, "address": self.address, **values}, payload)
         self.counters[RETRIES] += answer.get("retries", 0)
         error = answer.get("error")
-        if error == "Missing" and do in ("content", "whole"):
+        if error == "Missing" and do in ("content", "whole", "copy"):
             raise FileNotFoundError(answer["message"])
         if error == "NoRanges":
             self.whole = True

@@ -77,6 +77,12 @@ class Fetcher:
         self.store(address).remove(name)
         return {}, None
 
+    def do_copy(self, address: str, name: str, path: str) -> Answer:
+        """Write a whole object, as it is, to a path beside the cache."""
+        with Path(path).open("wb") as file:
+            file.truncate(self.store(address).download(name, file))
+        return {}, None
+
     def do_range(self, address: str, name: str, begin: int, end: int, size: int) -> Answer:
         """Bytes that are not kept. From a server without ranges the whole file is kept, if it can be."""
         return {}, self.store(address).range(name, begin, end, size)
