@@ -54,7 +54,7 @@ def write_set(folder: Path, members=lambda number: encoded(members_of(number)), 
         with tarfile.open(folder / f"{first:04d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for number in range(first, min(first + PER_TAR, total)):
                 files = {"png": png(pixels_of(number)), "cls": str(number % 7).encode(), **members(number)}
-                for suffix, content in files.items():
+                for suffix, content in sorted(files.items()):  # as webdataset's writer does, so some precede the image
                     info = tarfile.TarInfo(f"s{number:03d}.{suffix}")
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from penstock.errors import InputError
-from penstock.streams.index import is_index
+from penstock.streams.index import EXTRA, is_index
 from penstock.streams.manifest import Manifest, Shard
 from penstock.streams.storage import Fault, File
 from penstock.streams.timing import BYTES
@@ -192,7 +192,11 @@ def _begins(index: np.ndarray, shard: Shard, block: int) -> np.ndarray:
     """Where each block of `block` samples begins, and the end of the last; halved while their bytes are too many."""
     while block > 1 and block * shard.bytes > MOST_FETCHED * max(1, shard.samples):
         block //= 2
-    begins = index["offset"][::block].astype(np.int64)
+    first = index[::block]
+    begins = first["offset"].astype(np.int64)
+    for name in (name for name in first.dtype.names or () if name.startswith(EXTRA)):
+        offsets = first[name]["offset"].astype(np.int64)  # a sample's members lie on both sides of its image
+        begins = np.where(offsets > 0, np.minimum(begins, offsets), begins)
     begins[:1] = 0
     return np.append(begins, shard.bytes)
 

@@ -17,9 +17,12 @@ from penstock.cli import main
 from penstock.errors import InputError
 from penstock.streams import extras
 from penstock.streams.data import Data
+from penstock.streams.images import Images
 from penstock.streams.manifest import Manifest
 from penstock.streams.reader import ShardReader
+from penstock.streams.remote.options import Remote
 from tests.members import EXTRA, TOTAL, members_of, npy, same, slots, stream, take, write_set
+from tests.remote import Wire
 
 
 @pytest.fixture(scope="module")
@@ -200,3 +203,22 @@ def test_an_index_has_columns_for_the_usual_kinds_alone(tmp_path):
     )
     names = [name for name in ShardReader(Manifest.load(folder)).names(0) if name.startswith("extra.")]
     assert len(names) == 32 and "extra.txt" in names
+
+
+def test_members_in_an_object_store_come_with_their_block(folder, tmp_path, monkeypatch):
+    """A block of samples begins with its first member, which may lie before the image; each is fetched once."""
+    monkeypatch.setattr("penstock.streams.reader.BLOCK", 2)
+    wire = Wire(folder=folder)
+    try:
+        remote = Remote(mode="ranges", cache_dir=tmp_path / "cache")
+        images = Images(Manifest.load(wire.url, remote))
+        for sample in (2, 3):  # the second block of the first tar
+            assert images.load(0, sample).image is not None
+            assert same(extras.Extras(images.reader, EXTRA).read(0, sample), {"caption": None} | members_of(sample))
+        assert len(wire.gets(r"\.tar")) == 1
+        more = {"remote": {"mode": "ranges", "cache_dir": tmp_path / "cache"}}
+        away, here = (slots(take(stream(at, extra=EXTRA, **data), 4)) for at, data in ((wire.url, more), (folder, {})))
+        assert same(away, here)
+        assert len(wire.gets(r"\.tar")) == 15  # 29 samples, 6 a tar, 2 a block
+    finally:
+        wire.close()
