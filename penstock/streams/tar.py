@@ -117,9 +117,17 @@ def member_at(data: mmap | bytes, position: int, last: str) -> Member:
         raise TarError(f"the name {name!r} leaves the folder; such a tar is not used", position)
     if not 0 <= info.size <= LARGEST:
         raise TarError(f"{name} has {info.size:,} bytes; a member can have 4 GB at most", position)
-    if name.lower().rsplit(".", 1)[-1] in RUNS_CODE:
+    if runs_code(name):
         raise TarError(f"{name} is a pickle, which can run code when it is read; make the tar without it", position)
     return Member(name, start, position + BLOCK, info.size)
+
+
+def runs_code(name: str) -> bool:
+    """Whether readers would unpickle a member of this name; webdataset unpacks `.gz` first."""
+    name = name.lower()
+    while name.endswith(".gz"):
+        name = name.removesuffix(".gz")
+    return name.rsplit(".", 1)[-1] in RUNS_CODE
 
 
 def _header(data: mmap | bytes, position: int, last: str) -> tarfile.TarInfo:

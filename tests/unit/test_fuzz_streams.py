@@ -3,6 +3,7 @@
 PENSTOCK_FUZZ=100000 PENSTOCK_FUZZ_SEED=7 pytest -m slow tests/unit/test_fuzz_streams.py  # a longer search
 """
 
+import contextlib
 import io
 import os
 import signal
@@ -159,11 +160,28 @@ def check_foreign(intact: Intact, mutation: fuzz.Mutation) -> bool:
         for row in records
     ]
     assert found == walked(mutation.data)
+    if intact.tars.pickle in mutation.data or b"\x1f\x8b" in mutation.data:
+        decode_all(mutation.data)
     if mutation.plain:  # nobody wrote that tar so: whatever is left whole must be found
         for key, image, label in intact.samples:
             mine = [part.raw in mutation.data for part in intact.tars.parts if part.name.startswith(f"{key}.")]
             assert not all(mine) or (key, image, label) in found, f"{key} was lost without a word"
     return True
+
+
+def decode_all(data: bytes) -> None:
+    """Let webdataset decode all members by their names, as readers of our shards would; no pickle may be among them."""
+    from webdataset.autodecode import Decoder
+    from webdataset.tariterators import group_by_keys, tar_file_iterator
+
+    decoder = Decoder([])
+    files = ({**file, "__url__": "x.tar"} for file in tar_file_iterator(io.BytesIO(data)))
+    for sample in group_by_keys(files, handler=lambda _: True):
+        for name, content in sample.items():
+            if not name.startswith("__"):
+                with contextlib.suppress(Exception):  # most are not what their names say
+                    decoder({"__key__": sample["__key__"], name: content})
+    assert not Path(os.environ["PENSTOCK_TRAP"]).exists(), "a pickle was opened"
 
 
 def check_packed(intact: Intact, mutation: fuzz.Mutation) -> None:
@@ -290,6 +308,20 @@ def blessed(text: str, index: bytes) -> bytes:
     content["shards"][0]["index_sha256"] = hashlib.sha256(index).hexdigest()
     content["identity"] = fuzz.identity_of(content)
     return json.dumps(content).encode()
+
+
+@pytest.mark.parametrize("name", ["a.pkl", "a.pth", "a.pkl.gz", "a.x.pyd.gz", "a.PKL.GZ", "a.pickle.gz.gz"])
+def test_pickles_that_readers_would_open_are_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("PENSTOCK_TRAP", str(tmp_path / "sprung"))
+    content = fuzz.pickle.dumps(fuzz.Bomb())
+    for _ in range(name.lower().count(".gz")):
+        content = fuzz.gzip.compress(content)
+    data = fuzz.joined([fuzz.member("a.png", png(pixels_of(0))), fuzz.member(name, content)])
+    with pytest.raises(TarError, match="is a pickle"):
+        read_records(data)
+    if name in ("a.pkl", "a.pkl.gz"):  # the trap works
+        with pytest.raises(AssertionError, match="a pickle was opened"):
+            decode_all(data)
 
 
 @pytest.mark.parametrize("form", FORMS)
