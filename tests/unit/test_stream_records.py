@@ -26,7 +26,10 @@ def batch(step: int, *positions: int, faults: int = 0) -> Batch:
         positions=torch.tensor(positions),
         keys=[f"key{position}" for position in positions],
         step=step,
-        faults=[{"position": p, "shard": "s.tar", "key": f"key{p}", "kind": "changed", "reason": "broken"} for p in positions[:faults]],
+        faults=[
+            {"position": p, "shard": "s.tar", "key": f"key{p}", "kind": "changed", "reason": "broken"}
+            for p in positions[:faults]
+        ],
     )
 
 
