@@ -37,7 +37,8 @@ def add_commands(subparsers: argparse._SubParsersAction) -> None:
 
 PACK = """SOURCE is a folder of images (one folder per class, or images alone), torchvision:NAME[:SPLIT], a Parquet file
 or folder with image bytes and an optional label, or digits[:train|:test]. JPEG, PNG and WebP files are stored as they
-are, others as PNG. A pack that was interrupted goes on when the same command runs again."""
+are, others as PNG; --short-side makes large ones smaller. A pack that was interrupted goes on when the same command
+runs again."""
 INDEX = """FOLDER holds .tar files with, per sample, an image (jpg, jpeg, png, webp) and a label (cls, json with
 "label", or none). Class names are read from classes.txt (a name per line) or classes.json (a list, or names by number)
 if there is one."""
@@ -62,6 +63,9 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
     says = "pack files beside each image with it: with txt,mask.png photo.txt and photo.mask.png go with photo.jpg"
     add("--extra", metavar="SUFFIXES", type=_suffixes, default=(), help=says)
     add("--skip-bad", metavar="N", type=int, default=0, help="leave out up to N images that do not open, and list them")
+    says = "re-encode larger images as JPEGs of this short side: 512 for training at 224 or below (as they are)"
+    add("--short-side", metavar="PIXELS", type=count, help=says)
+    add("--quality", metavar="Q", type=_quality, default=90, help="of those JPEGs, 1 to 100 (90)")
     add("--size", metavar="PIXELS", type=count, default=16, help="digits: side of the images (16; bilinear from 8)")
     add("--root", metavar="FOLDER", type=Path, default=Path("data"), help="torchvision: where its datasets lie (data)")
     add("--download", action="store_true", help="torchvision: download the dataset to --root")
@@ -88,10 +92,15 @@ def _pack(args: argparse.Namespace) -> int:
         labels=not args.no_labels,
         extra=args.extra,
     )
+    source = open_source(args.source, options)
+    if args.short_side is not None:
+        from penstock.streams.sources.smaller import Smaller
+
+        source = Smaller(source, args.short_side, args.quality)
     seed = None if args.no_shuffle else args.shuffle_seed
     request = Request(args.shard_size, args.samples_per_shard, seed, args.limit)
     done = pack(
-        open_source(args.source, options),
+        source,
         args.source,
         args.dest,
         request,
@@ -164,6 +173,12 @@ def _suffixes(text: str) -> tuple[str, ...]:
         if suffix.rsplit(".", 1)[-1] in RUNS_CODE:
             raise argparse.ArgumentTypeError(f"{suffix} files are pickles, which can run code when they are read")
     return found
+
+
+def _quality(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JPEG quality; write a number from 1 to 100, such as 90")
+    return int(text)
 
 
 def _bytes(text: str) -> int:

@@ -34,6 +34,10 @@ def print_summary(manifest: Manifest) -> None:
     for suffix, count in _members(parts).items():
         table.add_row(f"with {suffix}", f"{count:,}")
     table.add_row("made from", str(manifest.pack.get("source", "tars made elsewhere")))
+    settings = manifest.pack.get("settings", {})
+    if "short_side" in settings:
+        said = f"JPEG of short side {settings['short_side']}, quality {settings['quality']}"
+        table.add_row("larger images", f"re-encoded: {said}")
     table.add_row("identity", manifest.identity)
     console.print(table)
     if manifest.class_counts:
