@@ -68,6 +68,52 @@ def test_sixteen_bits_are_scaled_not_clipped():
     assert np.array_equal(pixels[:, :, 0], wide >> 8)
 
 
+def png16(pixels: np.ndarray) -> bytes:
+    """A PNG of uint16 [H, W, 1 to 4 channels] by hand: Pillow writes none with 16 bits a colour."""
+    height, width, channels = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    kinds = {1: 0, 2: 4, 3: 2, 4: 6}
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, kinds[channels], 0, 0, 0)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_sixteen_bits_a_colour(channels):
+    wide = np.random.default_rng(0).integers(0, 1 << 16, (9, 14, channels), dtype=np.uint16)
+    wide[:, :, -1] |= 0xFF00 if channels in (2, 4) else 0  # transparency is dropped, not blended in
+    pixels = decode(png16(wide))
+    colours = wide[:, :, :3] if channels >= 3 else np.repeat(wide[:, :, :1], 3, axis=2)
+    assert np.array_equal(pixels, colours >> 8)
+
+
+def test_cmyk_holds_inverted_inks_whether_it_says_so_or_not():
+    """As Adobe stores it, with its segment; Pillow takes that for granted without it, too."""
+    data = encoded("JPEG", mode="CMYK", quality=95)
+    place = data.index(b"\xff\xee\x00\x0eAdobe")
+    plain = data[:place] + data[place + 16 :]
+    for each in (data, plain):
+        assert np.abs(decode(each).astype(int) - by_pillow(each)).max() <= 2
+        assert np.abs(decode(each).astype(int) - PIXELS).mean() < 2
+
+
+def test_an_orientation_far_into_the_file_and_one_in_xmp():
+    data = encoded("JPEG", quality=95, exif=exif(6))
+    place = data.index(b"\xff\xe1")
+    profile = b"\xff\xe2" + struct.pack(">H", 60_002) + b"\0" * 60_000
+    far = data[:place] + profile + data[place:]
+    note = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta><rdf:Description tiff:Orientation="8"/></x:xmpmeta>'
+    upright = encoded("JPEG", quality=95)
+    xmp = upright[:2] + b"\xff\xe1" + struct.pack(">H", len(note) + 2) + note + upright[2:]
+    for each in (far, xmp):
+        assert decode(each).shape == by_pillow(each).shape == (36, 24, 3)
+        assert np.abs(decode(each).astype(int) - by_pillow(each)).max() <= 2
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(kind, orientation):
