@@ -306,9 +306,11 @@ def _sample_bytes(source: Source, items: list[tuple[str, Item]]) -> float:
     for place in places.tolist():
         try:
             data, label = source.read(items[place][1])
+            extra = source.beside(items[place][1]) if isinstance(source, WithExtras) else {}
         except DecodeError:
             continue
-        sizes.append(BLOCK + padded(len(data)) + (2 * BLOCK if label >= 0 else 0))
+        beside = sum(BLOCK + padded(len(content)) for content in extra.values())
+        sizes.append(BLOCK + padded(len(data)) + (2 * BLOCK if label >= 0 else 0) + beside)
     return sum(sizes) / len(sizes) if sizes else 100_000.0
 
 

@@ -296,6 +296,22 @@ def test_pack_says_what_has_no_image(tree, tmp_path, capsys):
     assert "another plan" in capsys.readouterr().err
 
 
+def test_members_count_for_the_size_of_shards_and_are_never_made_smaller(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for number in range(12):
+        (tmp_path / "images" / f"{number}.jpg").write_bytes(image_bytes(number, size=(96, 64)))
+        (tmp_path / "images" / f"{number}.npy").write_bytes(np.lib.format.magic(1, 0) + bytes(20_000))
+        (tmp_path / "images" / f"{number}.mask.png").write_bytes(png(pixels_of(number, 64, 96)))
+    line = ["shards", "pack", str(tmp_path / "images"), str(tmp_path / "set"), "--extra", "npy,mask.png"]
+    assert main([*line, "--shard-size", "100K", "--short-side", "32", "--workers", "1"]) == 0
+    assert "stays as it is: npy, mask.png" in capsys.readouterr().out
+    manifest = Manifest.load(tmp_path / "set")
+    assert len(manifest.shards) == 6 and max(shard.bytes for shard in manifest.shards) < 110_000
+    for sample in read_plainly(tmp_path / "set").values():
+        assert Image.open(io.BytesIO(sample["jpg"])).size == (48, 32)
+        assert Image.open(io.BytesIO(sample["mask.png"])).size == (96, 64) and len(sample["npy"]) == 20_008
+
+
 @pytest.mark.parametrize("words", ["pkl", "emb.pth", "cls", "../txt", ""])
 def test_suffixes_that_cannot_be_taken(tmp_path, words, capsys):
     with pytest.raises(SystemExit):

@@ -42,7 +42,10 @@ class Smaller:
         return smaller(data, self.short_side, self.quality), label
 
     def remarks(self) -> list[str]:
-        return self.source.remarks()
+        said = self.source.remarks()
+        if isinstance(self.source, WithExtras) and (kept := [s for s in self.source.extra if s != "txt"]):
+            said.append(f"images became smaller, and what lies beside them stays as it is: {', '.join(kept)}")
+        return said
 
 
 def smaller(data: bytes, short_side: int, quality: int) -> bytes:
