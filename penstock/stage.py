@@ -163,6 +163,7 @@ def main(stage: str, model: type[Recipe], start: Start, argv: Sequence[str] | No
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's")
     parser.add_argument("--check", action="store_true", help="only say whether the recipe can run")
     parser.add_argument("--explain", action="store_true", help="print every value and where it came from")
+    parser.add_argument("--resolved", action="store_true", help="print the recipe with every value written out")
     parser.add_argument(
         "--find-lr", action="store_true", help="only try learning rates on the run's first images, and suggest one"
     )
@@ -174,14 +175,17 @@ def main(stage: str, model: type[Recipe], start: Start, argv: Sequence[str] | No
             _print_keys(model, load(args.recipe, args.overrides) if args.recipe else None)
             return DONE if args.help else INPUT_WRONG
         source = load(args.recipe, args.overrides)
-        looking = args.check or args.explain  # a login node need not hold the data
+        looking = args.check or args.explain or args.resolved  # a login node need not hold the data
         recipe = check(model, source, without=(inputs_are_here,) if looking else ())
         if args.explain:
             _explain(recipe, source)
+        if args.resolved:
+            print(to_yaml(recipe), end="")
         if args.check:
             print(f"{args.recipe}: good. {recipe.name}: {recipe.duration} in batches of {recipe.batch}")
+        if args.check or args.resolved:
             for absent in inputs_are_here(recipe):
-                print(f"but {absent}")
+                print(f"but {absent}", file=sys.stdout if args.check else sys.stderr)
         return DONE if looking else exit_code(start(recipe, args.find_lr))
     except InputError as error:
         return exit_code(INPUT_WRONG, f"{stage}: {error}")

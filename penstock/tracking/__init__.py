@@ -183,14 +183,23 @@ def say(text: str) -> None:
 
 
 def origin() -> dict[str, str]:
-    """Tags that say where an attempt ran: commit of the checkout, whether it was changed, ranks, Slurm job."""
+    """Tags that say where an attempt ran: commit of the checkout, whether it was changed, ranks, Slurm job.
+
+    A job that runs a frozen copy of the code is told the commit it was made of (PENSTOCK_COMMIT, PENSTOCK_DIRTY).
+    """
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
-    variables = {"world_size": "WORLD_SIZE", "slurm.job_id": "SLURM_JOB_ID"}
+    variables = {
+        **{"world_size": "WORLD_SIZE", "git.commit": "PENSTOCK_COMMIT", "git.dirty": "PENSTOCK_DIRTY"},
+        **{"slurm.job_id": "SLURM_JOB_ID", "slurm.job_name": "SLURM_JOB_NAME", "slurm.nodes": "SLURM_JOB_NODELIST"},
+        **{"slurm.restarts": "SLURM_RESTART_COUNT", "slurm.array_job_id": "SLURM_ARRAY_JOB_ID"},
+    }
     tags = {tag: os.environ[variable] for tag, variable in variables.items() if variable in os.environ}
+    if "git.commit" in tags:
+        return tags
     try:
         tags["git.commit"] = git("rev-parse", "HEAD")
         tags["git.dirty"] = str(bool(git("status", "--porcelain", "--untracked-files=no"))).lower()
