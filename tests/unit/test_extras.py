@@ -2,7 +2,9 @@
 
 import io
 import pickle
+import struct
 import tarfile
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from penstock.streams.reader import ShardReader
 from penstock.streams.remote.options import Remote
 from tests.members import EXTRA, TOTAL, members_of, npy, same, slots, stream, take, write_set
 from tests.remote import Wire
+from tests.shards import png
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +130,15 @@ def test_an_array_cannot_ask_for_all_memory():
     ):
         found = extras.decoded("npy", npy(values))
         assert np.array_equal(found, values) and found.dtype == values.dtype and found.flags.writeable
+
+
+def test_a_mask_cannot_ask_for_all_memory(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as programs set it that want large pictures
+    bomb = bytearray(png(np.zeros((4, 4), dtype=np.uint8)))
+    bomb[16:24] = struct.pack(">II", 14_000, 14_000)
+    bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
+    with pytest.raises(ValueError, match="claims 14000 x 14000 pixels"):
+        extras.decoded("mask.png", bytes(bomb))
 
 
 def test_masks_keep_their_numbers():
