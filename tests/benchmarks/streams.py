@@ -37,6 +37,7 @@ ONE_VIEW: dict[str, Side] = {
     "penstock, decode=whole": sides.penstock_whole,
     "penstock, 1 worker": sides.penstock_worker,
     "ImageFolder, Pillow, v2": sides.image_folder,
+    "ImageFolder, to floats": sides.image_folder_floats,
     "ImageFolder, 1 worker": sides.image_folder_worker,
     "webdataset": sides.webdataset,
     "timm": sides.timm,
