@@ -231,6 +231,7 @@ def test_members_in_an_object_store_come_with_their_block(folder, tmp_path, monk
         more = {"remote": {"mode": "ranges", "cache_dir": tmp_path / "cache"}}
         away, here = (slots(take(stream(at, extra=EXTRA, **data), 4)) for at, data in ((wire.url, more), (folder, {})))
         assert same(away, here)
-        assert len(wire.gets(r"\.tar")) == 15  # 29 samples, 6 a tar, 2 a block
+        asked = wire.gets(r"\.tar")
+        assert len({(path, span) for _, path, span, _ in asked}) == len(asked)
     finally:
         wire.close()
