@@ -2,8 +2,8 @@
 
 A stage is what webdataset calls one: a function from an iterator of samples to an iterator of samples, such as
 `webdataset.map(f)`. It runs in the workers and is handed one sample at a time, so what it makes of a sample can depend
-neither on the batch nor on the number of ranks and workers, and a stage that changes the count of samples is caught at
-the sample where it does.
+neither on the batch nor on the number of ranks and workers (unless it keeps a state of its own), and a stage that
+changes the count of samples is caught at the sample where it does.
 """
 
 import importlib
