@@ -56,7 +56,7 @@ def mosaic(images: Images, size: int) -> Iterator[int]:
             return transform(item["image"].convert("RGB")), item["label"]
 
     dataset = Cropped(local=str(folder), shuffle=True, batch_size=BATCH)
-    loader = torch.utils.data.DataLoader(dataset, BATCH, num_workers=0)
+    loader: Any = torch.utils.data.DataLoader(dataset, BATCH, num_workers=0)
     return (len(labels) for _, labels in endless(loader))
 
 
