@@ -38,7 +38,7 @@ from penstock.tracking.journal import NAME, PARENT, Journal, flatten, read_from,
 from penstock.tracking.process import start_mirror, stop_mirror
 from penstock.tracking.store import State, check_uri, recorded_uri
 
-Status = Literal["FINISHED", "KILLED", "FAILED"]
+Status = Literal["FINISHED", "KILLED", "FAILED", "SCHEDULED"]  # the last: of a parent whose runs wait in a queue
 METRIC_NAME = re.compile(r"\w[\w\-./ :]{0,249}")  # MLflow's rule
 
 
@@ -193,9 +193,14 @@ def origin() -> dict[str, str]:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     variables = {
-        **{"world_size": "WORLD_SIZE", "git.commit": "PENSTOCK_COMMIT", "git.dirty": "PENSTOCK_DIRTY"},
-        **{"slurm.job_id": "SLURM_JOB_ID", "slurm.job_name": "SLURM_JOB_NAME", "slurm.nodes": "SLURM_JOB_NODELIST"},
-        **{"slurm.restarts": "SLURM_RESTART_COUNT", "slurm.array_job_id": "SLURM_ARRAY_JOB_ID"},
+        "world_size": "WORLD_SIZE",
+        "git.commit": "PENSTOCK_COMMIT",
+        "git.dirty": "PENSTOCK_DIRTY",
+        "slurm.job_id": "SLURM_JOB_ID",
+        "slurm.job_name": "SLURM_JOB_NAME",
+        "slurm.nodes": "SLURM_JOB_NODELIST",
+        "slurm.restarts": "SLURM_RESTART_COUNT",
+        "slurm.array_job_id": "SLURM_ARRAY_JOB_ID",
     }
     tags = {tag: os.environ[variable] for tag, variable in variables.items() if variable in os.environ}
     if "git.commit" in tags:

@@ -120,7 +120,10 @@ class Mirror:
             self.state.owed += [name] if name not in self.state.owed else []
         elif "status" in line:
             self.ended = True
-            self._client.set_terminated(self.state.run_id, line["status"], line["time"])
+            if line["status"] == "SCHEDULED":
+                self._client.update_run(self.state.run_id, status="SCHEDULED")
+            else:
+                self._client.set_terminated(self.state.run_id, line["status"], line["time"])
 
     def _send_attempt(self, attempt: dict[str, Any]) -> None:
         from mlflow.entities import Param

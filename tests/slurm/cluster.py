@@ -88,7 +88,10 @@ class Cluster:
             "PATH": os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"]),
         }
         ports, host = free_ports(nodes + 1), socket.gethostname().partition(".")[0]
-        lines = [f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port}" for name, port in zip(self.nodes, ports[1:], strict=True)]
+        lines = [
+            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port}"
+            for name, port in zip(self.nodes, ports[1:], strict=True)
+        ]
         (folder / "state").mkdir(parents=True)
         self.conf.write_text(
             CONF.format(

@@ -1,7 +1,6 @@
 """A tiny run as a Slurm job of two nodes, slowed down and interrupted as a test likes, and what it left behind."""
 
 import json
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +51,7 @@ class Job:
     def pace(self, seconds: float) -> None:
         partial = self.folder / ".pace"
         partial.write_text(str(seconds))
-        os.replace(partial, self.folder / "pace")
+        partial.replace(self.folder / "pace")
 
     def reach(self, step: int) -> None:
         """Until a rank of the newest start has done the step."""
