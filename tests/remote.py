@@ -6,6 +6,7 @@
 import hashlib
 import http.client
 import http.server
+import logging
 import re
 import threading
 import time
@@ -182,6 +183,7 @@ def s3(bucket: str = "bucket") -> Iterator[Wire]:
     """moto's S3 with one bucket, behind a wire."""
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     wire = Wire(upstream=server.get_host_and_port()[1])
@@ -198,7 +200,7 @@ def put(wire: Wire, bucket: str, name: str, content: bytes) -> None:
     assert wire.upstream is not None
     path = f"/{bucket}/{name}" if name else f"/{bucket}"
     status, _, answer = wire._from_upstream(
-        "PUT", path, {"Authorization": f"AWS4-HMAC-SHA256 Credential={KEY}/x"}, content
+        "PUT", path, {"Authorization": f"AWS4-HMAC-SHA256 Credential={KEY}/20260101/us-east-1/s3/aws4_request"}, content
     )
     assert status == 200, answer
 

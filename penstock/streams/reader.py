@@ -124,6 +124,10 @@ class ShardReader:
         record = self.record(shard, sample)
         return self.payload(shard, record), record.label, record.key, record.id
 
+    def fetch_by(self, block: int) -> None:
+        """Fetch as many neighbouring samples together as stay together in the order (`data.block`)."""
+        self.block = block
+
     def prepare(self, places: Iterable[tuple[int, int]]) -> None:
         """Begin to fetch (shard, sample)s that will be read soon; nothing to do for local files."""
         if not self.manifest.storage.fetches:

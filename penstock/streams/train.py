@@ -56,6 +56,7 @@ class TrainStream:
         self.config, self.augment, self.seed, self.device_type = data, augment, seed, device_type
         self.manifest = open_sets(data.train, remote=data.remote)
         self.images = Images(self.manifest, data.channels, data.cache, data.decode == "smaller")
+        self.images.reader.fetch_by(data.block)
         self.part = open_part(self.images.reader, data.labels, seed, data.repeats)
         cut = {"block": data.block, "lanes": data.lanes, "window": data.window}
         self.course = Course.of(self.manifest, self.part, seed, cut, clock)

@@ -36,6 +36,7 @@ class RemoteStorage:
         self.address, self.remote = address.rstrip("/"), remote or Remote()
         self.key = f"{self.address} {self.remote.model_dump_json()}"
         self.counters: dict[str, float] = {RETRIES: 0.0, CACHE_HITS: 0.0, CACHE_MISSES: 0.0}
+        self._retried = 0  # told to us since the last read, to which they are counted
         self.folder = self.remote.folder
         self.whole = self.remote.mode != "ranges"
         self._link = Link.to(self.remote)
@@ -132,7 +133,7 @@ class RemoteStorage:
             InputError: the store cannot be used.
         """
         answer, data = self._link.ask({"do": do, "address": self.address, **values}, payload)
-        self.counters[RETRIES] += answer.get("retries", 0)
+        self._retried += answer["retries"]
         error = answer.get("error")
         if error == "Missing" and do in ("content", "whole", "copy"):
             raise FileNotFoundError(answer["message"])
@@ -159,6 +160,13 @@ class RemoteFile:
         self._loose = False  # its content as a whole is not what the manifest says; its samples may still be
 
     def read(self, offset: int, size: int, around: tuple[int, int] | None = None) -> bytes:
+        try:
+            return self._read(offset, size, around)
+        finally:
+            self._storage.counters[RETRIES] += self._storage._retried
+            self._storage._retried = 0
+
+    def _read(self, offset: int, size: int, around: tuple[int, int] | None) -> bytes:
         storage, (begin, end) = self._storage, self._unit(offset, size, around)
         for number in range(TRIES):
             data = self._cached(begin, end, offset, size)

@@ -14,7 +14,7 @@ import numpy as np
 
 from penstock.errors import InputError
 from penstock.streams.index import Indexed, load_records
-from penstock.streams.manifest import Shard
+from penstock.streams.manifest import MANIFEST, Manifest, Shard
 from penstock.streams.storage import Fault, Storage
 
 
@@ -34,19 +34,28 @@ def send(storage: Storage, folder: Path, indexed: Indexed) -> None:
 
 
 def finished(storage: Storage, name: str, keys: list[str]) -> Indexed | None:
-    """A shard that an earlier run stored with all its images, as its note has it."""
+    """A shard that an earlier run stored with all its images, as its note has it, or a manifest."""
     try:
-        shard = Shard(**json.loads(storage.content(note_name(name))))
+        shard = _noted(storage, name)
         if shard.name != name or storage.sizes([name]) != [shard.bytes]:
             return None
         with storage.copies([shard.index]) as folder:
             if hashlib.sha256((folder / shard.index).read_bytes()).hexdigest() != shard.index_sha256:
                 return None
             records = np.array(load_records(folder / shard.index))
-    except (OSError, ValueError, TypeError, Fault):
+    except (OSError, ValueError, TypeError, KeyError, Fault):
         return None
     if [key.decode() for key in records["key"]] != keys:
         return None
     labels = records["label"]
     unreadable = [key.decode() for key in records["key"][records["width"] == 0]]
     return Indexed(shard, dict(Counter(labels[labels >= 0].tolist())), records["id"], unreadable)
+
+
+def _noted(storage: Storage, name: str) -> Shard:
+    try:
+        return Shard(**json.loads(storage.content(note_name(name))))
+    except FileNotFoundError:
+        if storage.sizes([MANIFEST]) == [None]:
+            raise
+        return {shard.name: shard for shard in Manifest.at(storage).shards}[name]
