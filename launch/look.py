@@ -1,7 +1,8 @@
 """`python -m launch status [RUN ...]` and `python -m launch logs RUN`: what runs, and what it says."""
 
 import argparse
-import os
+import contextlib
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,7 +115,9 @@ def show_logs(args: argparse.Namespace, rest: list[str]) -> int:
         return INPUT_WRONG
     print(f"==> {path} <==", flush=True)
     follow = [] if args.no_follow else ["-F"]
-    os.execvp("tail", ["tail", "-n", "1000", *follow, str(path)])
+    with contextlib.suppress(KeyboardInterrupt):
+        return subprocess.run(["tail", "-n", "1000", *follow, str(path)]).returncode
+    return DONE
 
 
 def newest_log(folder: Path, pattern: str) -> Path:

@@ -7,6 +7,7 @@ RUN/jobs/0001/code/           penstock, pretrain, finetune, launch, slurm as the
 RUN/logs/                     the job's words, and its ranks'
 """
 
+import contextlib
 import json
 import shlex
 import shutil
@@ -150,6 +151,9 @@ def send(
         job = submit(place / "job.sbatch", after)
     except InputError:
         shutil.rmtree(place)
+        for empty in (folder / "jobs", folder / "logs", folder, folder.parent):
+            with contextlib.suppress(OSError):
+                empty.rmdir()
         raise
     (place / "job.json").write_text(json.dumps({"job": job, "after": list(after)}), encoding="utf-8")
     return job
