@@ -34,6 +34,7 @@ from penstock.streams.timing import AUGMENT, SAMPLES, since
 POOL = 0x9001 << 44  # keys of a fixed pool's views begin with it, which no position does
 FEW_VIEWS = 2  # more of them reach nearly all rows together
 AHEAD = 2  # micro-batches of a worker whose images are asked for beforehand, from a store beyond this machine
+TRIALS = 8  # views that are made to see what an augmentation imports; parts of one come with a probability
 Key = tuple[int, ...]  # of a served sample's random numbers; a view's number follows it
 
 
@@ -211,6 +212,8 @@ def open_loader(
 ) -> Iterator[Batch]:
     """Batches of the plan in order. Micro-batch t is made by worker t % workers, so `in_order` keeps their sequence."""
     leaving = mmap.mmap(-1, 1)  # one byte that forks share
+    if workers:
+        _try_out(augment, plan.micro(0), images.channels)
     loader = DataLoader(
         _Planned(plan, images, augment, seed, sidecar, after),
         batch_size=None,
@@ -227,6 +230,16 @@ def open_loader(
     # A process that ends stops its children with SIGTERM and waits for them; before that, let them obey it.
     Finalize(iterator, leaving.__setitem__, args=(0, 1), exitpriority=100)
     return iterator
+
+
+def _try_out(augment: Augment, micro: Micro | None, channels: int) -> None:
+    """Make some views here: what augmentations import late is then loaded once, before the fork, and shared."""
+    blank = np.zeros((64, 64, channels), dtype=np.uint8)
+    with generators_kept():
+        for number in range(TRIALS if micro is not None else 0):
+            for view in range(augment.views):
+                seed_sample(number, view)
+                augment.view(blank, view, micro.knobs)  # type: ignore[union-attr]
 
 
 class _Planned(IterableDataset):
