@@ -4,7 +4,7 @@ import multiprocessing as mp
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for_any
@@ -20,8 +20,12 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run(function: Callable[..., Any], jobs: list[tuple], workers: int, meter: Meter) -> list[Any]:
+def run(
+    function: Callable[..., Any], jobs: list[tuple], workers: int, meter: Meter, loaded: Sequence[str] = ()
+) -> list[Any]:
     """`function(*job, advance)` for every job, results in the jobs' order; `advance(n)` reports n images done.
+
+    `loaded` names modules to load once for all processes, where the function imports them late.
 
     Jobs run in this process when one is enough. The first exception ends the others and is raised.
     """
@@ -30,7 +34,7 @@ def run(function: Callable[..., Any], jobs: list[tuple], workers: int, meter: Me
         return [function(*job, meter.advance) for job in jobs]
     # A forked child would inherit the locks of this process's threads; the fork server has none.
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload([function.__module__])
+    context.set_forkserver_preload([function.__module__, *loaded])
     counter = context.Value("q", 0)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(counter,))
     try:

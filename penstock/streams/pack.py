@@ -84,7 +84,7 @@ def pack(
         cut = [items[number * size : (number + 1) * size] for number in numbers]
         tasks = [(source, storage, number, cut[number], skip_bad > 0) for number in numbers]
         with progress("packing", len(items), show=show) as meter:
-            results = jobs.run(_pack_to, tasks, workers, meter)
+            results = jobs.run(_pack_to, tasks, workers, meter, ["webdataset"])
         bad = [line for _, lines, _ in results for line in lines]
         if len(bad) > skip_bad:
             raise InputError(_bad_list(bad, skip_bad))
