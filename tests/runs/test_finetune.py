@@ -1,5 +1,6 @@
 """Real finetuning runs: killed and resumed, with every part of the recipe switched on."""
 
+import json
 import random
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from penstock.streams.ledger import read_ledger
+from penstock.streams.where import places
 from tests.runs.runner import FINETUNE, finish, history, kill, start, wait_for_step
 
 
@@ -48,6 +50,30 @@ def test_a_run_leaves_what_people_look_for(unbroken):
     names = {name for name, _ in history(unbroken)}
     assert {"eval/top1", "eval/ece", "final/top1", "final/temperature", "train/top1_mixed"} <= names
     assert len(list(unbroken.glob("pictures/*reliability*"))) == 1
+
+
+def test_where_names_what_the_ledger_holds(unbroken):
+    """Of both ranks, with a share of the labels, repeats and batches that grow."""
+    ledger = read_ledger(unbroken / "ledger")
+    for step in (0, 1, 3, 4, 5, len(ledger) - 1):
+        named = list(places(unbroken, [], step, None, None))
+        for record in ledger[step]:
+            mine = [place for place in named if place.rank == record["rank"]]
+            assert [place.position for place in mine] == record["positions"]
+            assert [place.key for place in mine] == record["keys"]
+        assert len(named) == sum(len(record["keys"]) for record in ledger[step])
+        assert [place for place in named if place.rank == 1] == list(places(unbroken, [], step, 1, None))
+
+
+def test_the_journal_tells_what_the_data_took(unbroken):
+    lines = [json.loads(line) for line in (unbroken / "journal.jsonl").read_text().splitlines()]
+    reports = [line["metrics"] for line in lines if "perf/data_wait" in line.get("metrics", {})]
+    assert reports
+    for metrics in reports:
+        assert 0 <= metrics["perf/data_wait"] <= 1
+        assert metrics["perf/retries"] == 0
+        assert all(0 < metrics[f"perf/{name}_ms"] < 1000 for name in ("read", "decode", "augment"))
+        assert metrics["perf/read_mb_per_second"] > 0
 
 
 def test_growing_batches_took_fewer_steps_for_the_same_samples(unbroken):
