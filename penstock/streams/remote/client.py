@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Client, Connection
@@ -21,7 +22,9 @@ from penstock.streams.remote.options import Remote
 from penstock.streams.storage import Fault, exactly
 from penstock.streams.timing import CACHE_HITS, CACHE_MISSES, RETRIES
 
+STARTS = 4  # times that a request is sent to a fetcher, of which each may be killed
 TRIES = 3  # times that a file may leave the cache between its arrival and its use
+SAMPLES = ("whole", "block", "range")  # what is asked for samples, of which some may be lost
 FAULTS = {"Missing": "missing", "Changed": "changed", "Failed": "unreachable"}
 
 
@@ -140,8 +143,10 @@ class RemoteStorage:
         if error == "NoRanges":
             self.whole = True
             raise _NoRanges
-        if error in FAULTS:
+        if error in FAULTS and do in SAMPLES:
             raise Fault(answer["message"], FAULTS[error])
+        if error in FAULTS:
+            raise InputError(f"{self.shown}: {answer['message']}; run the same command again")
         if error:
             raise InputError(answer["message"])
         return answer, data
@@ -271,9 +276,9 @@ class Link:
         return _link, (self.settings, self.socket)
 
     def ask(self, request: dict[str, Any], payload: bytes | None = None) -> tuple[dict[str, Any], bytes | None]:
-        """Send a request and wait for its answer. A fetcher that is gone is started anew, once."""
+        """Send a request and wait for its answer. A fetcher that is gone is started anew."""
         message = json.dumps(request | {"payload": payload is not None}).encode()
-        for attempt in range(2):
+        for attempt in range(STARTS):
             connection = self._connection()
             try:
                 connection.send_bytes(message)
@@ -283,7 +288,8 @@ class Link:
                 return answer, connection.recv_bytes() if answer["payload"] else None
             except (EOFError, OSError):
                 self._forget()
-                if attempt:
+                time.sleep(0.1 * attempt)  # one that dies still takes connections
+                if attempt == STARTS - 1:
                     raise InputError(
                         "the process that reads object stores was killed; run the same command again"
                     ) from None

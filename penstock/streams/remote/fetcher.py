@@ -79,8 +79,12 @@ class Fetcher:
 
     def do_copy(self, address: str, name: str, path: str) -> Answer:
         """Write a whole object, as it is, to a path beside the cache."""
-        with Path(path).open("wb") as file:
-            file.truncate(self.store(address).download(name, file))
+        try:
+            with Path(path).open("wb") as file:
+                file.truncate(self.store(address).download(name, file))
+        except BaseException:
+            Path(path).unlink(missing_ok=True)
+            raise
         return {}, None
 
     def do_range(self, address: str, name: str, begin: int, end: int, size: int) -> Answer:
