@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from penstock.errors import InputError, nearest
 from penstock.mistakes import mistake
 from penstock.registry import Registry
+from penstock.streams.remote.address import redacted
 
 DEFAULT, COMMAND_LINE = "default", "command line"
 
@@ -218,7 +219,7 @@ def check(model: type[Block], source: Source, without: Sequence[Rule] = ()) -> A
                 problems.setdefault(key, text)
     if not problems:
         return valid
-    lines = [f"  {key}: {text}{_written(source.origin(key))}" for key, text in sorted(problems.items())]
+    lines = [f"  {key}: {redacted(text)}{_written(source.origin(key))}" for key, text in sorted(problems.items())]
     where = _short(source.path) if source.path else "the recipe"
     raise InputError(f"{where} has {len(lines)} mistake{'s' * (len(lines) > 1)}:\n" + "\n".join(lines))
 
