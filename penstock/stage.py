@@ -22,6 +22,7 @@ from penstock.optim import Optim
 from penstock.recipe import DEFAULT, Block, Rule, Source, check, load, one_of, resolved, several_of, to_yaml
 from penstock.schedule import Duration, Length, knobs_of
 from penstock.streams.data import Data
+from penstock.streams.manifest import Manifest
 from penstock.streams.storage import is_remote
 from penstock.tracking import Tracker
 
@@ -138,7 +139,12 @@ class Recipe(Block):
     def absent(self) -> Iterator[str]:
         """What the run would read and is not on this machine, as a rule says it. A stage adds its own."""
         for key, address in self.data.places():
-            if not is_remote(address) and not Path(address).exists():
+            if is_remote(address):
+                try:
+                    Manifest.load(address, self.data.remote)
+                except InputError as error:
+                    yield f"{key}: {error}"
+            elif not Path(address).exists():
                 yield f"{key}: there is no {address} here; pack it with `penstock shards pack IMAGES {address}`"
         weights = self.backbone.weights  # type: ignore[attr-defined]
         if weights not in (None, "timm") and not Path(weights).expanduser().exists():

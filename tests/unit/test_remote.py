@@ -664,6 +664,19 @@ def test_nothing_is_written_to_a_web_server(web, tmp_path):
         open_storage(f"{web.url}/data").write("a", b"b")
 
 
+def test_a_recipe_whose_set_is_not_in_its_store_is_told_before_a_run(web, tmp_path, capsys):
+    from penstock.stage import main as stage
+    from pretrain.recipe import Pretrain
+
+    recipe = tmp_path / "recipe.yaml"
+    lines = ("name: run", "duration: 2 steps", "batch: 2", "method: {name: simclr}", "optim: {lr: 0.1}")
+    lines += ("backbone: {name: resnet18}", "augment: {name: simclr}", "evaluate: null")
+    recipe.write_text("\n".join((*lines, f"data: {{train: '{web.url}/nothing', val: '{web.url}/data'}}")))
+    assert stage("pretrain", Pretrain, lambda _: pytest.fail("a run was started"), [str(recipe), "--check"]) == DONE
+    said = capsys.readouterr().out
+    assert "data.train" in said and "has no manifest" in said and "data.val" not in said
+
+
 def test_a_recipe_keeps_no_credential(tmp_path, capsys):
     from penstock.stage import main as stage
     from pretrain.recipe import Pretrain
