@@ -22,6 +22,7 @@ from penstock.streams.remote.options import Remote
 from penstock.streams.storage import Fault, exactly
 from penstock.streams.timing import CACHE_HITS, CACHE_MISSES, RETRIES
 
+TOUCHED = 10.0  # seconds that a file in the cache counts as used just now
 STARTS = 4  # times that a request is sent to a fetcher, of which each may be killed
 TRIES = 3  # times that a file may leave the cache between its arrival and its use
 SAMPLES = ("whole", "block", "range")  # what is asked for samples, of which some may be lost
@@ -162,6 +163,8 @@ class RemoteFile:
     def __init__(self, storage: RemoteStorage, name: str, size: int, sha256: str):
         self._storage, self._name, self._size, self._sha256 = storage, name, size, sha256
         self._dropped: set[tuple[int, int]] = set()
+        self._paths: dict[tuple[int, int], Path] = {}
+        self._touched: dict[int, float] = {}  # when the cache was told of a use, by where the unit begins
         self._loose = False  # its content as a whole is not what the manifest says; its samples may still be
 
     def read(self, offset: int, size: int, around: tuple[int, int] | None = None) -> bytes:
@@ -224,8 +227,11 @@ class RemoteFile:
         return {"do": "block", "begin": begin, "end": end, **known}
 
     def _path(self, begin: int, end: int) -> Path:
-        last = None if (begin, end) == (0, self._size) else end
-        return path_of(self._storage.folder, key_of(self._storage.address, self._name, self._sha256, begin, last))
+        if (begin, end) not in self._paths:
+            last = None if (begin, end) == (0, self._size) else end
+            key = key_of(self._storage.address, self._name, self._sha256, begin, last)
+            self._paths[begin, end] = path_of(self._storage.folder, key)
+        return self._paths[begin, end]
 
     def _cached(self, begin: int, end: int, offset: int, size: int) -> bytes | None:
         try:
@@ -234,8 +240,11 @@ class RemoteFile:
             return None
         try:
             data = os.pread(file, size, offset - begin)
-            with contextlib.suppress(OSError):
-                os.utime(file)  # the cache lets go of what was not used for longest
+            now = time.monotonic()
+            if now > self._touched.get(begin, 0.0) + TOUCHED:
+                self._touched[begin] = now
+                with contextlib.suppress(OSError):
+                    os.utime(file)  # the cache lets go of what was not used for longest
         finally:
             os.close(file)
         return data if len(data) == size else None
