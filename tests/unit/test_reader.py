@@ -1,6 +1,7 @@
 """Reading from shards: exact bytes, and nothing damaged passes."""
 
 import multiprocessing
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -81,7 +82,9 @@ def _read_two_sets(folders: list[Path], results) -> None:
 
 def _read_without_descriptors(folder: Path, results) -> None:
     reader = ShardReader(Manifest.load(folder))
-    few_descriptors(descriptors())
+    lowest = os.dup(0)  # the limit is on their numbers, and tests before may have left gaps
+    os.close(lowest)
+    few_descriptors(lowest)
     try:
         reader.record(0, 0)
     except InputError as error:
