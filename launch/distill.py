@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.array import add_options, array_given
 from launch.launcher import Launcher, Local
 from launch.series import Series, Trial, beneath, finished, follow, resolve, say, values_given
 from penstock.errors import INPUT_WRONG, InputError
@@ -54,6 +55,7 @@ def add_command(ways: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument("--procs", type=int, default=None, help="ranks of each run, as of `launch local`")
     parser.add_argument("--threads", type=int, default=None, help="threads of each rank, as of `launch local`")
     parser.add_argument("--report", action="store_true", help="only show what the runs so far have found")
+    add_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -82,7 +84,7 @@ def distill(args: argparse.Namespace, overrides: list[str], launcher: Launcher) 
         return report(series, recipes[DISTILLED], args.beside, tracker)
 
     params = {"recipe": recipes[DISTILLED], "distill": {"seeds": plan.seeds, "variants": plan.variants}}
-    return follow(series, "distill", params, launcher, show, show_stopped=False)
+    return follow(series, "distill", params, launcher, show, show_stopped=False, array=array_given(args))
 
 
 def planned(args: argparse.Namespace, overrides: list[str]) -> tuple[Students, dict[str, Any]]:

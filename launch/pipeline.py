@@ -24,7 +24,7 @@ from launch.cluster import Cluster, cluster_of, queued
 from launch.launcher import Local
 from launch.series import SIGNALS, changes, last_lines, say, store, values_given
 from launch.slurm import add_cluster_options, cluster_given
-from launch.submission import Command, Submission, check_ranks, jobs_of, resolve
+from launch.submission import Command, Submission, check_ranks, jobs_of, resolve, shown_under
 from penstock.errors import DONE, INPUT_WRONG, STOPPED, InputError
 from penstock.recipe import Block, Rule, check, load
 from penstock.tracking.journal import NAME, read_run
@@ -86,7 +86,9 @@ def add_command(ways: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the pipeline's own file")
     parser.add_argument("--procs", type=int, default=None, help="ranks of each run here, as of `launch local`")
     parser.add_argument("--threads", type=int, default=None, help="threads of each rank, as of `launch local`")
-    parser.add_argument("--slurm", action="store_true", help="as jobs, each waiting for those it needs")
+    parser.add_argument(
+        "--slurm", action=argparse.BooleanOptionalAction, default=False, help="as jobs, each waiting for those it needs"
+    )
     add_cluster_options(parser)
     parser.set_defaults(run=run)
 
@@ -205,8 +207,7 @@ class Jobs:
             job, state = next(iter(waiting.items()))
             say(f"{name}: job {job}, {state.lower()}")
             return job
-        tracking = {word.partition("=")[0].removeprefix("tracking."): word.partition("=")[2] for word in shown}
-        recipe = {**self.recipes[name], "tracking": {**self.recipes[name]["tracking"], **tracking}}
+        recipe = shown_under(self.recipes[name], shown)
         words = f"a step of the pipeline {self.args.pipeline}"
         submission = Submission(step.stage, folder, f"{self.pipeline.name}-{name}", [recipe], cluster, words)
         after = [jobs[needed] for needed in step.after if needed in jobs]
@@ -217,6 +218,6 @@ class Jobs:
     def conclude(self, jobs: Sequence[str]) -> None:
         if not jobs or queued(jobs_of(self.pipeline.folder)):
             return
-        arguments = ["pipeline", self.args.pipeline, *self.args.overrides]
-        command = Command(self.pipeline.folder, f"{self.pipeline.name}-end", arguments, cluster_given(self.args))
+        words = [*sys.argv[1:], "--no-slurm"]  # which finds every step finished
+        command = Command(self.pipeline.folder, f"{self.pipeline.name}-end", words, cluster_given(self.args))
         say(f"its end: job {command.send(jobs)}")

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import yaml
 
@@ -19,6 +19,9 @@ from penstock.compare import duration
 from penstock.errors import DONE, STOPPED, InputError
 from penstock.recipe import difference
 from penstock.tracking.journal import NAME, read_run
+
+if TYPE_CHECKING:
+    from launch.array import Array
 
 STAGE = "finetune"
 PREDICTIONS = "predictions.npz"
@@ -108,6 +111,10 @@ class Series:
                 say(f"  {failed[-1]}\n{last_lines(log)}")
         return DONE, failed
 
+    def left(self) -> list[Trial]:
+        """The runs that are not finished."""
+        return [trial for trial in self.plan.trials() if not self._done(trial)]
+
     def _left(self, trials: Sequence[Trial]) -> str:
         took = [read_run(self.folder / each.name).seconds for each in self.plan.trials() if self._done(each)]
         left = [trial for trial in trials if not self._done(trial)]
@@ -124,6 +131,7 @@ def follow(
     launcher: Launcher,
     show: Callable[[Any], int],
     show_stopped: bool = True,
+    array: "Array | None" = None,
 ) -> int:
     """Run a series under a tracked run of its own, stoppable, and show what came out.
 
@@ -132,6 +140,7 @@ def follow(
         params: of the parent run.
         show: is given the parent's tracker, keeps the report there, and gives an exit code.
         show_stopped: whether it is called in a series that was stopped, too; it should then be quick.
+        array: where the runs that are left go instead, to be shown later.
 
     Returns:
         The exit code: 0 done, 1 some runs failed, 75 stopped and resumable.
@@ -139,6 +148,8 @@ def follow(
     from penstock.tracking import Tracker
 
     series.refuse_changed()
+    if array is not None:
+        array.refuse_twice(series)
     stopping: list[int] = []
 
     def stop(number: int, frame: object) -> None:
@@ -151,6 +162,10 @@ def follow(
     tracker = Tracker(config, series.folder, series.folder.name, params, {"stage": stage}, active=True)
     series.tracking = [f"tracking.parent={tracker.id}", *store(config, series.folder)]
     try:
+        if array is not None and series.left():
+            say(array.send(series, STAGE))
+            tracker.close("SCHEDULED")
+            return DONE
         code, failed = series.run(launcher, lambda: bool(stopping), say)
         shown = show(tracker) if show_stopped or code != STOPPED else DONE
     except BaseException:

@@ -38,6 +38,12 @@ def resolve(stage: str, recipe: str, overrides: Sequence[str]) -> dict[str, Any]
     return yaml.safe_load(done.stdout)
 
 
+def shown_under(recipe: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A resolved recipe with `tracking.KEY=value` overrides, of strings alone, laid over it."""
+    given = {key.removeprefix("tracking."): value for key, _, value in (word.partition("=") for word in overrides)}
+    return {**recipe, "tracking": {**recipe["tracking"], **given}}
+
+
 def check_ranks(recipe: Mapping[str, Any], cluster: Cluster) -> None:
     share = cluster.world * recipe["engine"]["accumulation"]
     if recipe["batch"] % share:

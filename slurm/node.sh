@@ -9,6 +9,10 @@ export PYTHONFAULTHANDLER=1
 PENSTOCK_BEGAN=$(date +%s)
 export PENSTOCK_BEGAN
 
+# Slurm signals every process of the step. This one waits for torchrun, which passes SIGTERM on and lets ranks save; if
+# it died instead, srun would give the others no more than Slurm's KillWait.
+trap : TERM
+
 # A static rendezvous: rank 0 is on the job's first node after every restart.
 code=0
 # shellcheck disable=SC2016 # each rank expands it, not this shell

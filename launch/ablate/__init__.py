@@ -12,6 +12,7 @@ from typing import Any
 
 from launch.ablate.parts import choose
 from launch.ablate.plan import ADD_ONE, KINDS, LEAVE_ONE_OUT, Plan
+from launch.array import add_options, array_given
 from launch.launcher import Launcher, Local
 from launch.series import say, values_given
 from penstock.errors import DONE, INPUT_WRONG, InputError
@@ -32,6 +33,7 @@ def add_command(ways: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     half.add_argument(f"--{LEAVE_ONE_OUT}", dest="kinds", action="store_const", const=(LEAVE_ONE_OUT,), default=KINDS)
     half.add_argument(f"--{ADD_ONE}", dest="kinds", action="store_const", const=(ADD_ONE,))
     parser.add_argument("--report", action="store_true", help="only show what the runs so far have found")
+    add_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -62,9 +64,10 @@ def ablate(args: argparse.Namespace, overrides: list[str], launcher: Launcher) -
     recipes = check(plan, parts, resolve)
     series = Series(plan, folder, recipes)
     series.refuse_changed()
+    array = array_given(args)
     plan.save(folder)
     params = {"recipe": recipes["full"], "ablate": {"parts": plan.parts, "seeds": plan.seeds}}
-    return follow(series, "ablate", params, launcher, lambda tracker: show(folder, args.metric, tracker))
+    return follow(series, "ablate", params, launcher, lambda tracker: show(folder, args.metric, tracker), array=array)
 
 
 def show(folder: Path, metric: str, tracker: Any = None) -> int:

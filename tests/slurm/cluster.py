@@ -157,10 +157,11 @@ class Cluster:
                     one.kill()
             psutil.wait_procs(self.processes(), timeout=5)
 
-    def say(self, *command: str, check: bool = True) -> str:
-        """What a Slurm command prints."""
-        done = subprocess.run(command, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
-        if check and done.returncode:
+    def say(self, *command: str, environment: dict[str, str] | None = None) -> str:
+        """What a command prints that asks this cluster."""
+        env = environment or self.environment
+        done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        if done.returncode:
             raise AssertionError(f"{' '.join(command)} ended with {done.returncode}: {done.stdout}{done.stderr}")
         return done.stdout.strip()
 

@@ -131,3 +131,19 @@ def test_a_pipeline_waits_step_for_step_and_has_one_parent(cluster, recipes, tmp
     assert second.tags["parent"] == read_run(folder / "first").tags["parent"]
     again = launch(cluster, "pipeline", str(pipeline), "--slurm", *ONE_NODE)
     assert again.returncode == 0 and "job" not in again.stdout, "what is finished was sent again"
+
+
+def test_an_ablation_goes_out_as_an_array_and_shows_itself(cluster, recipes, tmp_path):
+    words = (
+        *("ablate", str(recipes / "finetune.yaml"), "--over=label_smoothing:loss.smoothing=0", "--seeds=1"),
+        *("--leave-one-out", "--slurm", "--limit=2", *ONE_NODE, "loss.smoothing=0.1", f"out={tmp_path}"),
+    )
+    sent = launch(cluster, *words)
+    assert sent.returncode == 0 and "2 runs in the array" in sent.stdout, sent.stdout + sent.stderr
+    folder = tmp_path / "run-ablation"
+    assert read_run(folder).status == "SCHEDULED"
+    twice = launch(cluster, *words)
+    assert twice.returncode == 2 and "in the queue" in twice.stderr, twice.stderr
+    end = json.loads((folder / "jobs/0002/job.json").read_text())["job"]
+    assert cluster.wait(end, "COMPLETED", "FAILED", "CANCELLED") == "COMPLETED", words_of(folder)
+    assert read_run(folder).status == "FINISHED" and (folder / "report.json").is_file()

@@ -2,6 +2,8 @@
 
 import pytest
 
+from penstock.tracking.journal import read_run
+from penstock.tracking.mirror import open_store
 from tests.slurm.job import EVERY, SLOW, STEPS, Job, same_run
 
 VERY_SLOW = 0.25  # a step takes four seconds
@@ -42,6 +44,7 @@ def test_preempted_then_requeued_by_hand_then_a_node_dies(cluster, recipe, unbro
     job.reach(3)
     urgent = cluster.sbatch("--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     cluster.wait(urgent, "COMPLETED")
+    assert "Terminated" not in job.words.read_text().partition("back into the queue")[0], "srun cut the saving short"
 
     job.reach(9)
     cluster.say("scontrol", "requeue", job.id)
@@ -58,3 +61,15 @@ def test_preempted_then_requeued_by_hand_then_a_node_dies(cluster, recipe, unbro
     assert requeued[1] + 1 == killed[0], "a step was lost in a requeue"
     assert killed[1] + 1 - last[0] <= EVERY + 1, "more than one checkpoint interval was lost with a node"
     same_run(job, unbroken)
+    one_mlflow_run(job)
+
+
+def one_mlflow_run(job: Job) -> None:
+    """What MLflow shows is the journal, each point once."""
+    store = open_store(f"sqlite:///{job.folder / 'mlflow.db'}")
+    (experiment,) = [one for one in store.search_experiments() if one.name == "penstock"]
+    (shown,) = store.search_runs([experiment.experiment_id])
+    assert shown.info.status == "FINISHED" and shown.data.tags["slurm.job_id"] == job.id
+    for name, points in read_run(job.run).series.items():
+        kept = [(point.step, point.value) for point in store.get_metric_history(shown.info.run_id, name)]
+        assert sorted(kept) == sorted(points), name
