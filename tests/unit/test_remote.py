@@ -86,7 +86,7 @@ def everything(manifest: Manifest, block: int = 8) -> list:
     [
         ("s3://bucket/a/b/", "s3", "s3://bucket/a/b"),
         ("gs://bucket", "gs", "gs://bucket"),
-        ("az://account/container/p", "az", "az://account/container/p"),
+        ("az://container/p", "az", "az://container/p"),
         ("https://host:8443/a%20b/c", "https", "https://host:8443/a%20b/c"),
         ("http://127.0.0.1:80/a", "https", "http://127.0.0.1:80/a"),
         ("hf://datasets/o/n/train", "https", "https://huggingface.co/datasets/o/n/resolve/main/train"),
@@ -103,7 +103,7 @@ def test_addresses_name_places(address, kind, url, monkeypatch):
 @pytest.mark.parametrize(
     "address",
     [
-        *("s3://", "s3://bucket/../other", "s3://bucket//a", "https://host/a b", "hf://models/o/n", "az://account"),
+        *("s3://", "s3://bucket/../other", "s3://bucket//a", "https://host/a b", "hf://models/o/n"),
         *("http://example.org/a", "s3://key:word@bucket/a", "https://host/a?sig=abcdef", "https://host/a#b"),
     ],
 )
@@ -333,9 +333,16 @@ def test_an_object_that_is_gone_is_a_fault_and_named_before_a_run(tmp_path, web)
 
 def test_a_store_that_refuses_says_how_to_be_let_in(web):
     web.spoil("403", times=None)
-    with pytest.raises(InputError, match="set the credentials in the environment"):
+    with pytest.raises(InputError, match="set credentials in the environment"):
         Manifest.load(f"{web.url}/data", quick())
     assert len(web.log) == 1  # asking again would not help
+
+
+def test_azure_without_an_account_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
+    with pytest.raises(InputError, match=r"Account must be .*; set credentials .* AZURE_STORAGE_ACCOUNT_NAME"):
+        Manifest.load("az://container/set", quick(cache_dir=tmp_path))
+    end_fetchers()
 
 
 def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path, web):

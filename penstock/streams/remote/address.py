@@ -9,7 +9,7 @@ from penstock.errors import InputError
 
 SCHEMES = ("s3", "gs", "az", "https", "http", "hf")
 FORMS = (
-    "s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://ACCOUNT/CONTAINER/PREFIX, https://HOST/PATH or "
+    "s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX, https://HOST/PATH or "
     "hf://datasets/OWNER/NAME[@REVISION]/PATH"
 )
 SECRETS = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|SIGNATURE|CREDENTIAL|SAS", re.IGNORECASE)
@@ -45,8 +45,6 @@ def place(address: str) -> Place:
         return _hugging_face(address, rest)
     if scheme == "http" and urlsplit(address).hostname not in ("127.0.0.1", "localhost", "::1"):
         raise InputError(f"{address}: without https anyone between could change the data; write https://{rest}")
-    if scheme == "az" and rest.count("/") < 1:
-        raise InputError(f"{address} names no container; write az://ACCOUNT/CONTAINER/PREFIX")
     return Place("https" if scheme == "http" else scheme, f"{scheme}://{rest}")
 
 

@@ -123,7 +123,8 @@ class RemoteStorage:
     def ahead(self, requests: list[dict[str, Any]]) -> None:
         """Begin to fetch what will be asked for."""
         if requests:
-            self._link.ask({"do": "ahead", "requests": [each | {"address": self.address} for each in requests]})
+            wanted = [each | {"address": self.address} for each in requests]
+            self._retried += self._link.ask({"do": "ahead", "requests": wanted})[0]["retries"]
 
     def whole_request(self, name: str, sha256: str) -> dict[str, Any]:
         return {"do": "whole", "name": name, "size": None, "sha256": sha256}

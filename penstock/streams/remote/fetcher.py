@@ -46,7 +46,7 @@ class Fetcher:
 
     def answer(self, request: dict[str, Any], payload: bytes | None) -> Answer:
         """What a request comes to; what went wrong is an answer, too."""
-        values = dict(request) | ({} if payload is None else {"payload": payload})
+        address, values = request.get("address", ""), dict(request) | ({} if payload is None else {"payload": payload})
         try:
             answer, data = getattr(self, f"do_{values.pop('do')}")(**values)
         except (Missing, Changed, Failed, NoRanges) as error:
@@ -54,7 +54,10 @@ class Fetcher:
         except (Unusable, InputError) as error:
             answer, data = {"error": "Unusable", "message": redacted(str(error))}, None
         except Exception as error:
-            answer, data = {"error": "Unusable", "message": redacted(f"{type(error).__name__}: {error}")}, None
+            answer, data = (
+                {"error": "Unusable", "message": redacted(f"{address}: {type(error).__name__}: {error}")},
+                None,
+            )
         with self._lock:  # what was fetched ahead is reported with the next answer
             retried = sum(store.retried for store in self._stores.values())
             answer["retries"], self._reported = retried - self._reported, retried

@@ -22,6 +22,11 @@ CHUNK = 1 << 20  # bytes of a whole file handled at once
 PART = 16 << 20  # bytes of a part of an upload
 PROBE = "manifest.json"  # asked for to tell one bad object from a store that is gone
 PROBED = 10.0  # seconds that the answer holds
+METADATA = "169.254.169.254"  # where machines of a cloud are asked for credentials when the environment has none
+ENVIRONMENT = (
+    "set credentials in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_SERVICE_ACCOUNT, "
+    "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, HF_TOKEN), or AWS_SKIP_SIGNATURE=true for a public bucket"
+)
 T = TypeVar("T")
 
 
@@ -57,7 +62,10 @@ class Store:
         self.place = place(address)
         self.address, self.retries, self._timeout = address, retries, timeout
         self.retried = 0  # times that a request was sent again
-        self._client = _open(self.place, timeout)
+        try:
+            self._client = _open(self.place, timeout)
+        except Exception as error:
+            raise Unusable(f"{address} cannot be used: {_brief(error)}; {ENVIRONMENT}") from None
         self._tags: dict[str, str | None] = {}  # the versions seen first
         self._lock = threading.Lock()
         self._gone: tuple[float, str] | None = None  # when the store was found unusable, and why
@@ -79,7 +87,7 @@ class Store:
     def names(self) -> list[str]:
         """Objects directly below the address. Raises Unusable where the server gives no list."""
         if self.place.kind == "https":
-            raise Unusable(f"{redacted(self.address)}: a web server gives no list of its files")
+            raise Unusable(f"{self.address}: a web server gives no list of its files")
         listed = self._tried("", lambda: self._client.list_with_delimiter()["objects"])
         return sorted(meta["path"].rsplit("/", 1)[-1] for meta in listed)
 
@@ -127,9 +135,7 @@ class Store:
     def put(self, name: str, content: bytes | Path) -> None:
         """Store an object, whole or not at all."""
         if self.place.kind == "https":
-            raise Unusable(
-                f"{redacted(self.address)}: nothing can be written to a web server; write s3://, gs:// or az://"
-            )
+            raise Unusable(f"{self.address}: nothing can be written to a web server; write s3://, gs:// or az://")
         self._tried(name, lambda: self._client.put(name, content, chunk_size=PART, max_concurrency=8))
 
     def remove(self, name: str) -> None:
@@ -185,10 +191,7 @@ class Store:
             raise Missing(f"there is no {name}") from None
         if kind in ("PermissionDeniedError", "UnauthenticatedError"):
             what = "does not let us in" if kind == "UnauthenticatedError" else "does not allow it"
-            raise Unusable(
-                f"{redacted(self.address)} {what} ({why}); set the credentials in the environment (AWS_*, GOOGLE_*, "
-                "AZURE_*, HF_TOKEN), or AWS_SKIP_SIGNATURE=true for a public bucket"
-            ) from None
+            raise Unusable(f"{self.address} {what} ({why}); {ENVIRONMENT}") from None
         if kind == "NotSupportedError" and "Range" in why:
             raise NoRanges(name) from None
         if kind == "PreconditionError":
@@ -197,7 +200,7 @@ class Store:
         if "416" in why:
             raise Changed(f"{name} ends early ({why})") from None
         if kind in ("InvalidPathError", "UnknownConfigurationKeyError", "NotSupportedError", "ValueError", "TypeError"):
-            raise Unusable(f"{redacted(self.address)}: {why}") from None
+            raise Unusable(f"{self.address}: {why}") from None
         return why
 
     def _refuse_if_gone(self) -> None:
@@ -211,8 +214,9 @@ class Store:
         except FileNotFoundError:
             pass
         except Exception as error:
-            what = f"{redacted(self.address)} cannot be reached: {why}; its manifest neither: {_brief(error)}"
-            self._gone = time.monotonic(), f"{what}. Look at network and address; a run goes on where it was"
+            what = f"{self.address} cannot be reached: {why}; its manifest neither: {_brief(error)}"
+            remedy = f"there are no credentials: {ENVIRONMENT}" if METADATA in why else "look at network and address"
+            self._gone = time.monotonic(), f"{what}; {remedy}. A run goes on where it was"
             raise Unusable(self._gone[1]) from None
 
 
