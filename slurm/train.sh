@@ -7,17 +7,17 @@
 #   PENSTOCK_CODE      the code to run; else the folder that the job was sent from
 #   PENSTOCK_PYTHON    else .venv/bin/python of the code, else python3
 #   PENSTOCK_PROCS     ranks of a node; else one per GPU that Slurm gave, or one
-#   PENSTOCK_LOGS      folder of the job's logs; else ./logs
+#   PENSTOCK_LOGS      folder of the job's logs; else runs/logs
 #   PENSTOCK_CRASHES   crashes in a row after which the job is left to fail; else 3
 
 STOPPED=75 # the exit code of a run that was asked to stop, saved, and can go on
 
 train() {
     attempt=${SLURM_RESTART_COUNT:-0}
-    job=$SLURM_JOB_ID
+    job=$SLURM_JOB_ID # of an array, this task alone: the id of its last one names the whole array
     [[ -n ${SLURM_ARRAY_JOB_ID:-} ]] && job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
     export PENSTOCK_CODE=${PENSTOCK_CODE:-$SLURM_SUBMIT_DIR}
-    logs=${PENSTOCK_LOGS:-$PWD/logs}/$job
+    logs=${PENSTOCK_LOGS:-$PWD/runs/logs}/$job
     export ATTEMPT_LOGS=$logs/$attempt
     export PENSTOCK_STOP_FILE=$ATTEMPT_LOGS/stop PENSTOCK_EXIT_FILE=$ATTEMPT_LOGS/exit
     mkdir -p "$ATTEMPT_LOGS"
@@ -77,7 +77,7 @@ name_the_run() {
     while kill -0 "$1" 2>/dev/null; do
         id=$(sed -n 's/.*"run_id": "\([0-9a-f]*\)".*/\1/p' "$file" 2>/dev/null) || true
         if [[ -n $id ]]; then
-            scontrol update JobId="$SLURM_JOB_ID" Comment="run $PENSTOCK_RUN, MLflow $id" || true
+            scontrol update JobId="$job" Comment="run $PENSTOCK_RUN, MLflow $id" || true
             return
         fi
         sleep 5
@@ -103,7 +103,7 @@ conclude() {
 }
 
 preempted() {
-    [[ $(scontrol show job "$SLURM_JOB_ID") == *PreemptTime=[0-9]* ]]
+    [[ $(scontrol show job "$job") == *PreemptTime=[0-9]* ]]
 }
 
 # Starts in a row, this one the last, that ended without an exit code.
@@ -116,8 +116,8 @@ crashes() {
 # Put the job back into the queue, unless Slurm is about to end or to requeue it by itself.
 again() {
     trap - USR1 TERM
-    [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]] || exit "$STOPPED"
+    [[ $(squeue --noheader --jobs="$job" --format=%T) == RUNNING ]] || exit "$STOPPED"
     echo "$1; back into the queue"
-    scontrol requeue "$SLURM_JOB_ID" && sleep 300 # Slurm ends this script
+    scontrol requeue "$job" && sleep 300 # Slurm ends this script
     exit "$STOPPED"
 }

@@ -10,6 +10,7 @@ from tests.slurm.cluster import until
 # In place of python: what torchrun would start; it ends as the file `end` says.
 FAKE = """#!/usr/bin/env bash
 cd {folder}
+trap 'echo 75 >"$PENSTOCK_EXIT_FILE"; exit 75' TERM
 echo "start $ATTEMPT_LOGS" >>started
 for _ in $(seq 600); do
     [[ -e $PENSTOCK_STOP_FILE ]] && { echo 75 >"$PENSTOCK_EXIT_FILE"; exit 75; }
@@ -78,13 +79,37 @@ def test_a_cancelled_job_stays_away(cluster, fake):
     assert cluster.state(job) == "CANCELLED" and fake.starts == 2
 
 
+def test_a_task_of_an_array_goes_back_alone(cluster, fake):
+    """The last task carries the id of the whole array."""
+    job = fake.submit("--nodes=1", "--array=0-1")
+    until(lambda: fake.starts == 2, 30, "both tasks to start")
+    cluster.say("scancel", "--batch", "--signal=USR1", f"{job}_1")
+    until(lambda: fake.starts == 3, 30, "the task to start again")
+    fake.end("0")
+    states = [cluster.wait(f"{job}_{task}", "COMPLETED", "FAILED") for task in (0, 1)]
+    assert states == ["COMPLETED"] * 2
+    assert [cluster.restarts(f"{job}_{task}") for task in (0, 1)] == [0, 1]
+
+
+def test_a_preemption_long_ago_does_not_bring_back_a_run_that_a_person_stopped(cluster, fake):
+    job = fake.submit("--nodes=1")
+    until(lambda: fake.starts == 1, 30, "the job to start")
+    urgent = cluster.sbatch("--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=true")
+    cluster.wait(urgent, "COMPLETED")
+    until(lambda: fake.starts == 2, 30, "the job to start again")
+    fake.end("75")
+    assert cluster.wait(job, "COMPLETED", "FAILED", "PENDING") == "FAILED"
+    assert cluster.restarts(job) == 1
+
+
 def test_a_chain_of_scripts(cluster, fake):
     """slurm/pipeline.sh: each step waits for the one before it, and goes when that one fails."""
     fake.end("2")
     environment = {
         **cluster.environment,
-        **{"PENSTOCK_PYTHON": str(fake.folder / "python"), "PENSTOCK_LOGS": str(fake.folder / "logs")},
-        **{"SBATCH_OUTPUT": str(fake.folder / "words")},
+        "PENSTOCK_PYTHON": str(fake.folder / "python"),
+        "PENSTOCK_LOGS": str(fake.folder / "logs"),
+        "SBATCH_OUTPUT": str(fake.folder / "words"),
     }
     told = cluster.say("bash", "slurm/pipeline.sh", "A", "B", "C", environment=environment)
     jobs = [line.split()[-1] for line in told.splitlines()]
