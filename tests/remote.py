@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from penstock.streams.remote import client
+from penstock.streams.remote import link
 
 KEY, SECRET = "AKIATESTSTESTSTEST01", "secret/of+the/tests0123456789abcdefghijk"
 
@@ -213,9 +213,9 @@ def upload(wire: Wire, folder: Path, bucket: str, prefix: str) -> None:
 
 def end_fetchers() -> None:
     """End the fetchers of this process, and wait for them."""
-    while client._processes:
-        process = client._processes.pop()
+    while link._processes:
+        process = link._processes.pop()
         assert process.stdin
         process.stdin.close()
         process.wait(timeout=10)
-    client.Link._links.clear()
+    link.Link._links.clear()

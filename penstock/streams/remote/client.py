@@ -2,28 +2,23 @@
 
 import contextlib
 import hashlib
-import json
 import os
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Client, Connection
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from penstock.errors import InputError
 from penstock.streams.remote.address import place, redacted
 from penstock.streams.remote.cache import key_of, path_of
+from penstock.streams.remote.link import Link
 from penstock.streams.remote.options import Remote
 from penstock.streams.storage import Fault, exactly
 from penstock.streams.timing import CACHE_HITS, CACHE_MISSES, RETRIES
 
 TOUCHED = 10.0  # seconds that a file in the cache counts as used just now
-STARTS = 4  # times that a request is sent to a fetcher, of which each may be killed
 TRIES = 3  # times that a file may leave the cache between its arrival and its use
 SAMPLES = ("whole", "block", "range")  # what is asked for samples, of which some may be lost
 FAULTS = {"Missing": "missing", "Changed": "changed", "Failed": "unreachable"}
@@ -264,93 +259,3 @@ class RemoteFile:
                 raise
             self._loose = True  # each sample is judged by its own checksum, as it is on a local disk
             return True
-
-
-class Link:
-    """Connections to the fetcher of a process and its forks; one for each process and thread."""
-
-    _links: ClassVar[dict[str, "Link"]] = {}
-    _lock: ClassVar[Any] = threading.Lock()
-
-    def __init__(self, settings: str):
-        self.settings = settings
-        self.socket: str | None = None
-        self._connections: dict[tuple[int, int], Connection] = {}
-
-    @classmethod
-    def to(cls, remote: Remote) -> "Link":
-        settings = json.dumps(remote.settings(), sort_keys=True)
-        return cls._links.setdefault(settings, Link(settings))
-
-    def __reduce__(self) -> Any:
-        return _link, (self.settings, self.socket)
-
-    def ask(self, request: dict[str, Any], payload: bytes | None = None) -> tuple[dict[str, Any], bytes | None]:
-        """Send a request and wait for its answer. A fetcher that is gone is started anew."""
-        message = json.dumps(request | {"payload": payload is not None}).encode()
-        for attempt in range(STARTS):
-            connection = self._connection()
-            try:
-                connection.send_bytes(message)
-                if payload is not None:
-                    connection.send_bytes(payload)
-                answer = json.loads(connection.recv_bytes())
-                return answer, connection.recv_bytes() if answer["payload"] else None
-            except (EOFError, OSError):
-                self._forget()
-                time.sleep(0.1 * attempt)  # one that dies still takes connections
-                if attempt == STARTS - 1:
-                    raise InputError(
-                        "the process that reads object stores was killed; run the same command again"
-                    ) from None
-        raise AssertionError("unreachable")
-
-    def _connection(self) -> Connection:
-        who = os.getpid(), threading.get_ident()
-        if who not in self._connections:
-            with self._lock:
-                if self.socket is None:
-                    self.socket = _start(self.settings)
-            try:
-                self._connections[who] = Client(self.socket, "AF_UNIX")
-            except OSError:
-                with self._lock:
-                    self.socket = _start(self.settings)
-                self._connections[who] = Client(self.socket, "AF_UNIX")
-        return self._connections[who]
-
-    def _forget(self) -> None:
-        connection = self._connections.pop((os.getpid(), threading.get_ident()), None)
-        if connection is not None:
-            connection.close()
-
-
-def _link(settings: str, socket: str | None) -> Link:
-    link = Link._links.setdefault(settings, Link(settings))
-    link.socket = link.socket or socket
-    return link
-
-
-def _start(settings: str) -> str:
-    """Start a fetcher; returns the path of its socket, in a folder that only this user can enter."""
-    folder = tempfile.mkdtemp(prefix="penstock-", dir="/tmp" if len(tempfile.gettempdir()) > 60 else None)
-    socket = os.path.join(folder, "fetcher")  # noqa: PTH118
-    process = subprocess.Popen(
-        [sys.executable, "-m", "penstock.streams.remote.fetcher", socket], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert process.stdin and process.stdout
-    process.stdin.write(settings.encode() + b"\n")
-    process.stdin.flush()
-    line = process.stdout.readline()
-    process.stdout.close()
-    try:
-        said = json.loads(line)
-    except ValueError:
-        raise InputError("the process that reads object stores did not start; see its message above") from None
-    if "error" in said:
-        raise InputError(said["error"])
-    _processes.append(process)
-    return socket
-
-
-_processes: list[subprocess.Popen] = []  # kept, as a fetcher ends when its standard input closes

@@ -25,7 +25,7 @@ PROBED = 10.0  # seconds that the answer holds
 METADATA = "169.254.169.254"  # where machines of a cloud are asked for credentials when the environment has none
 ENVIRONMENT = (
     "set credentials in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_SERVICE_ACCOUNT, "
-    "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, HF_TOKEN), or AWS_SKIP_SIGNATURE=true for a public bucket"
+    "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, HF_TOKEN), or AWS_SKIP_SIGNATURE=true where all may read"
 )
 T = TypeVar("T")
 
