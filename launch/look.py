@@ -73,12 +73,17 @@ def states_of(folders: list[Path]) -> dict[str, str]:
 
 def row(folder: Path, states: dict[str, str]) -> Iterator[str]:
     yield str(folder)
-    job = next((f"{job} {states[job].lower()}" for job in reversed(jobs_of(folder)) if job in states), "")
+    job = next((job for job in reversed(jobs_of(folder)) if job in states), "")
+    state = states.get(job, "").lower()
     if not (folder / NAME).is_file():
-        yield from (("queued" if job else "never started"), "", "", "", "", "", job)
+        yield from ("starting" if state == "running" else "queued" if job else "never started", *[""] * 5)
+        yield f"{job} {state}".strip()
         return
     run = read_run(folder)
-    yield "running" if is_live(folder) else "queued" if job and run.status != "FINISHED" else run.status.lower()
+    if is_live(folder) or state == "running":  # file systems without locks do not tell who lives on another node
+        yield "running"
+    else:
+        yield "queued" if job and run.status != "FINISHED" else run.status.lower()
     yield str(run.steps)
     done = progress(run)
     yield f"{done:.0%}" if done is not None else ""
@@ -88,7 +93,7 @@ def row(folder: Path, states: dict[str, str]) -> Iterator[str]:
     left = seen / speed * (1 / done - 1) if speed and seen and done else 0.0
     yield duration(left) if left else ""
     yield str(sum("attempt" in line for line in read_lines(folder / NAME)) - 1)
-    yield job
+    yield f"{job} {state}".strip()
 
 
 def progress(run: Run) -> float | None:
