@@ -284,6 +284,9 @@ def test_a_damaged_sample_is_one_fault_as_it_is_in_a_folder(tmp_path, web, mode)
     found = everything(Manifest.load(f"{web.url}/set", quick(mode=mode)))
     assert found == everything(manifest)
     assert found.count("changed") == 1
+    whole = [file.read_bytes() for file in (tmp_path / "cache").glob("*/*")]
+    assert (tmp_path / "set" / manifest.shards[0].name).read_bytes() not in whole  # it fails the manifest's checksum
+    assert ((tmp_path / "set" / manifest.shards[1].name).read_bytes() in whole) is (mode == "shards")
 
 
 @pytest.mark.parametrize("longer", [False, True])
@@ -303,6 +306,7 @@ def test_another_version_of_a_shard_is_never_served(tmp_path, web, mode, longer)
         assert caught.value.kind == "changed"
     assert (other.shards[1].bytes == manifest.shards[1].bytes) is not longer
     if longer:
+        assert "bytes instead of" in str(caught.value)
         with pytest.raises(InputError, match=r"shard-000001\.tar has .* bytes instead of"):
             manifest.check_files()
 
