@@ -1,17 +1,27 @@
 """What is known about a cluster: the options of its jobs, from configs/launch/, and questions to its queue."""
 
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
 from penstock.errors import InputError, nearest
-from penstock.recipe import Block, check, load
+from penstock.recipe import Block, Rule, check, load
 
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTERS = ROOT / "configs" / "launch"
+EARLY = 60  # seconds that Slurm may send a signal too early
+
+
+def runs_have_time(cluster: "Cluster") -> Iterator[str]:
+    limit = seconds(cluster.time) if cluster.time else None
+    if limit is not None and limit <= cluster.signal + EARLY:
+        yield (
+            f"signal: sent {cluster.signal} s before the limit of {limit} s, or a minute earlier, it leaves no time to "
+            "train; give a longer time, or a smaller signal"
+        )
 
 
 class Cluster(Block):
@@ -26,6 +36,7 @@ class Cluster(Block):
     cpus: int | None = Field(None, ge=1, description="of each node")
     ranks: int | None = Field(None, ge=1, description="of each node; else one per GPU, or one")
     signal: int = Field(180, ge=1, le=65535, description="seconds before the limit at which a run saves and requeues")
+    torchrun: list[str] = Field([], description="more options of torchrun, such as --numa-binding=node")
     options: list[str] = Field([], description="more options of sbatch")
     setup: list[str] = Field([], description="shell lines before training")
     env: dict[str, str] = Field({}, description="environment of the job")
@@ -45,6 +56,8 @@ class Cluster(Block):
                 raise ValueError(f"{option!r} is no option of sbatch; write --name=value")
         return options
 
+    rules: ClassVar[tuple[Rule, ...]] = (runs_have_time,)
+
     @property
     def world(self) -> int:
         """Ranks of a job."""
@@ -63,6 +76,23 @@ class Cluster(Block):
             "--signal": f"B:USR1@{self.signal}",
         }
         return [*(f"{name}={value}" for name, value in given.items() if value is not None), *self.options]
+
+
+def seconds(time: str) -> int | None:
+    """Of a time as sbatch takes it: minutes, m:s, h:m:s, d-h, d-h:m, d-h:m:s. None for other words, as UNLIMITED."""
+    days, dash, clock = time.rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdigit() for part in parts) or len(parts) > 3 or (dash and not days.isdigit()):
+        return None
+    numbers = [int(part) for part in parts]
+    if dash:
+        numbers = [*numbers, 0, 0][:3]
+    elif len(numbers) == 1:
+        numbers = [0, numbers[0], 0]
+    elif len(numbers) == 2:
+        numbers = [0, *numbers]
+    hours, minutes, rest = numbers
+    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + rest
 
 
 def cluster_of(name: str, changes: dict[str, Any]) -> Cluster:

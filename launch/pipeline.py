@@ -24,7 +24,7 @@ from launch.cluster import Cluster, cluster_of, queued
 from launch.launcher import Local
 from launch.series import SIGNALS, changes, last_lines, say, store, values_given
 from launch.slurm import add_cluster_options, cluster_given
-from launch.submission import Command, Submission, check_ranks, jobs_of, resolve, shown_under
+from launch.submission import Command, Submission, check_ranks, jobs_of, resolve_all, shown_under
 from penstock.errors import DONE, INPUT_WRONG, STOPPED, InputError
 from penstock.recipe import Block, Rule, check, load
 from penstock.tracking.journal import NAME, read_run
@@ -97,9 +97,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     """The exit code: 0 done, or sent; 1 a step failed; 2 the input is wrong; 75 stopped and resumable."""
     try:
         pipeline = check(Pipeline, load(args.pipeline, values_given(args, rest)))
-        recipes = {
-            name: resolve(step.stage, step.recipe, pipeline.arguments(name)) for name, step in pipeline.steps.items()
-        }
+        asked = [(step.stage, step.recipe, pipeline.arguments(name)) for name, step in pipeline.steps.items()]
+        recipes = dict(zip(pipeline.steps, resolve_all(asked, coming=pipeline.folder), strict=True))
         refuse_changed(pipeline, recipes)
         if args.slurm:
             return Jobs(pipeline, recipes, args).send()

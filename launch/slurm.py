@@ -13,7 +13,7 @@ from pathlib import Path
 
 from launch.cluster import Cluster, cluster_of
 from launch.series import values_given
-from launch.submission import Submission, check_ranks, next_place, resolve
+from launch.submission import Submission, check_ranks, next_place, resolve, resolve_all
 from penstock.errors import DONE, INPUT_WRONG, InputError
 
 STAGES = ("pretrain", "finetune")
@@ -73,10 +73,8 @@ def submission_of(args: argparse.Namespace, overrides: list[str], cluster: Clust
     folder, recipes = Path(recipe["out"]) / recipe["name"], [recipe]
     if args.sweep:
         folder = folder.with_name(f"{folder.name}-sweep")
-        recipes = [
-            resolve(args.stage, args.recipe, [*overrides, *values, f"out={folder}", f"name={name_of(values)}"])
-            for values in combinations(args.sweep)
-        ]
+        own = ([*values, f"out={folder}", f"name={name_of(values)}"] for values in combinations(args.sweep))
+        recipes = resolve_all([(args.stage, args.recipe, [*overrides, *each]) for each in own])
     for each in recipes:
         check_ranks(each, cluster)
     words = shlex.join(["python", "-m", "launch", *sys.argv[1:]]).replace("\n", " ")

@@ -9,11 +9,13 @@ RUN/logs/                     the job's words, and its ranks'
 
 import contextlib
 import json
+import os
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,15 +29,25 @@ CODE = ("penstock", "pretrain", "finetune", "launch", "slurm")
 ARRAY_RECIPE = "recipe-$SLURM_ARRAY_TASK_ID.yaml"
 
 
-def resolve(stage: str, recipe: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """The recipe with every value, by a process that may import torch. Raises InputError with what is wrong in it."""
+def resolve(stage: str, recipe: str, overrides: Sequence[str], coming: Path | None = None) -> dict[str, Any]:
+    """The recipe with every value, by a process that may import torch. Raises InputError with what is wrong in it.
+
+    It says what the run would read and is not here, unless that is in `coming`, a folder that other runs will fill.
+    """
     command = [sys.executable, "-m", stage, recipe, *overrides, "--resolved"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise InputError(done.stderr.strip() or f"{' '.join(command[1:])} ended with {done.returncode}")
-    if done.stderr.strip():
-        print(done.stderr.strip(), file=sys.stderr)
+    for line in done.stderr.splitlines():
+        if coming is None or str(coming) not in line:
+            print(f"{recipe}: {line}", file=sys.stderr)
     return yaml.safe_load(done.stdout)
+
+
+def resolve_all(asked: Sequence[tuple[str, str, Sequence[str]]], coming: Path | None = None) -> list[dict[str, Any]]:
+    """`resolve` for each (stage, recipe, overrides), a few at a time, as each takes seconds to import torch."""
+    with ThreadPoolExecutor(max_workers=min(8, len(os.sched_getaffinity(0)))) as pool:
+        return list(pool.map(lambda each: resolve(each[0], each[1], each[2], coming), asked))
 
 
 def shown_under(recipe: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -85,6 +97,8 @@ class Submission:
             exports["PENSTOCK_RUN"] = str(self.folder.resolve())
         if self.cluster.ranks:
             exports["PENSTOCK_PROCS"] = str(self.cluster.ranks)
+        if self.cluster.torchrun:
+            exports["PENSTOCK_TORCHRUN"] = " ".join(self.cluster.torchrun)
         recipe = shlex.quote(str(place.resolve()) + "/") + (ARRAY_RECIPE if self.array else "recipe-0.yaml")
         exports |= commit() | self.cluster.env
         lines = [
@@ -117,7 +131,8 @@ class Command:
         code = shlex.quote(str(place.resolve() / "code"))
         small = self.cluster.model_copy(update={"nodes": 1, "gpus": None, "cpus": None})
         output = f"--output={str(self.folder.resolve() / 'logs').replace('%', '%%')}/%j.out"
-        options = [f"--job-name={self.name}", "--ntasks=1", *small.sbatch(), output, "--open-mode=append", "--requeue"]
+        asked = [option for option in small.sbatch() if not option.startswith("--signal")]
+        options = [f"--job-name={self.name}", "--ntasks=1", *asked, output, "--open-mode=append", "--requeue"]
         return "\n".join(
             [
                 "#!/usr/bin/env bash",

@@ -105,6 +105,7 @@ def test_ranks_that_do_not_divide_the_batch_are_named():
         ("time: 24:00:00", "in quotes"),
         ("options: [mem=0]", "is no option of sbatch"),
         ("signal: 0", "signal"),
+        ("time: '3'", "leaves no time to train"),
     ],
 )
 def test_mistakes_in_a_clusters_file(tmp_path, text, words):
@@ -116,11 +117,19 @@ def test_mistakes_in_a_clusters_file(tmp_path, text, words):
 
 def test_the_command_line_wins_over_the_clusters_file(tmp_path):
     file = tmp_path / "mine.yaml"
-    file.write_text(f"extends: {cluster.CLUSTERS / 'default.yaml'}\nnodes: 2\ntime: '1:00'\n")
+    file.write_text(f"extends: {cluster.CLUSTERS / 'default.yaml'}\nnodes: 2\ntime: '1:00:00'\n")
     found = cluster_of(str(file), {"nodes": 3, "time": None})
-    assert (found.nodes, found.time, found.signal) == (3, "1:00", 180)
+    assert (found.nodes, found.time, found.signal) == (3, "1:00:00", 180)
     with pytest.raises(InputError, match=r"there is no .*defualt.yaml; did you mean 'default'"):
         cluster_of("defualt", {})
+
+
+@pytest.mark.parametrize(
+    "time,expected",
+    [("90", 5400), ("1:30", 90), ("2:00:01", 7201), ("1-2", 93600), ("1-02:03", 93780), ("UNLIMITED", None)],
+)
+def test_times_as_sbatch_takes_them(time, expected):
+    assert cluster.seconds(time) == expected
 
 
 def test_a_sweep_is_every_combination():
