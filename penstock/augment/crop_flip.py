@@ -8,8 +8,8 @@ from pydantic import Field
 from torch import Tensor
 
 from penstock.augment import Box, Whole, _pixels
+from penstock.augment._options import Ratio, Share, Side
 from penstock.recipe import Block
-from penstock.schedule import Knob
 
 
 class CropFlip:
@@ -17,9 +17,9 @@ class CropFlip:
 
     class Config(Block):
         name: Literal["crop_flip"] = "crop_flip"
-        size: Knob = Field(224, description="side of the view in pixels; may follow a curve")
-        scale: tuple[float, float] = Field((0.2, 1.0), description="share of the image's area, from and to")
-        ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="width over height, from and to")
+        size: Side = Field(224, description="side of the view in pixels; may follow a curve")
+        scale: Share = Field((0.2, 1.0), description="share of the image's area, from and to")
+        ratio: Ratio = Field((3 / 4, 4 / 3), description="width over height, from and to")
         interpolation: Literal["bilinear", "bicubic"] = "bicubic"
         flip: float = Field(0.5, ge=0, le=1, description="probability of mirroring")
 

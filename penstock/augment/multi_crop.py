@@ -13,10 +13,9 @@ from torch import Tensor
 
 from penstock.augment import Box, Whole, _pixels
 from penstock.augment._distort import Jitter, distort
+from penstock.augment._options import Ratio, Share, Side
 from penstock.recipe import Block
-from penstock.schedule import Knob
 
-Share = tuple[float, float]
 PerKind = tuple[float, float, float]
 KERNEL = 17  # taps that hold all of the widest blur, of a standard deviation of 2 pixels
 
@@ -26,13 +25,13 @@ class MultiCrop:
 
     class Config(Block):
         name: Literal["multi_crop"] = "multi_crop"
-        size: Knob = Field(224, description="side of global views in pixels; may follow a curve")
-        local_size: Knob = Field(96, description="side of local views in pixels; may follow a curve")
+        size: Side = Field(224, description="side of global views in pixels; may follow a curve")
+        local_size: Side = Field(96, description="side of local views in pixels; may follow a curve")
         global_views: int = Field(2, ge=1, description="large views of each image")
         local_views: int = Field(8, ge=0, description="small views of each image")
         scale: Share = Field((0.4, 1.0), description="share of the image's area in a global view, from and to")
         local_scale: Share = Field((0.05, 0.4), description="share of the image's area in a local view, from and to")
-        ratio: Share = Field((3 / 4, 4 / 3), description="width over height, from and to")
+        ratio: Ratio = Field((3 / 4, 4 / 3), description="width over height, from and to")
         interpolation: Literal["bilinear", "bicubic"] = "bicubic"
         flip: float = Field(0.5, ge=0, le=1, description="probability of mirroring")
         jitter: float = Field(0.8, ge=0, le=1, description="probability of colour jitter")
@@ -44,20 +43,6 @@ class MultiCrop:
             (1.0, 0.1, 0.5), description="probability of blur: of the first view, other global ones, local ones"
         )
         solarize: PerKind = Field((0.0, 0.2, 0.0), description="probability of solarization, of the same three")
-
-        @field_validator("scale", "local_scale", "ratio")
-        @classmethod
-        def _ordered(cls, span: Share) -> Share:
-            if not 0 < span[0] <= span[1]:
-                raise ValueError("write the lower value first, above 0, such as [0.4, 1.0]")
-            return span
-
-        @field_validator("scale", "local_scale")
-        @classmethod
-        def _a_share(cls, span: Share) -> Share:
-            if span[1] > 1:
-                raise ValueError("a share of the image's area is at most 1")
-            return span
 
         @field_validator("blur", "solarize")
         @classmethod

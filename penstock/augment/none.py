@@ -8,8 +8,8 @@ from pydantic import Field
 from torch import Tensor
 
 from penstock.augment import _pixels
+from penstock.augment._options import Side
 from penstock.recipe import Block
-from penstock.schedule import Knob
 
 
 class NoAugmentation:
@@ -17,7 +17,7 @@ class NoAugmentation:
 
     class Config(Block):
         name: Literal["none"] = "none"
-        size: Knob = Field(32, description="side of the view in pixels; may follow a curve")
+        size: Side = Field(32, description="side of the view in pixels; may follow a curve")
         interpolation: Literal["bilinear", "bicubic"] = "bicubic"
 
     views = 1

@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from penstock.augment import _pixels
+from penstock.augment._options import Side
 from penstock.recipe import Block
-from penstock.schedule import Knob
 
 
 class ResizeCrop:
@@ -18,7 +18,7 @@ class ResizeCrop:
 
     class Config(Block):
         name: Literal["resize_crop"] = "resize_crop"
-        size: Knob = Field(224, description="side of the view in pixels; may follow a curve")
+        size: Side = Field(224, description="side of the view in pixels; may follow a curve")
         crop_pct: float = Field(0.875, gt=0, le=1, description="share of the short side that is kept; 1 keeps it whole")
         interpolation: Literal["bilinear", "bicubic"] = "bicubic"
 

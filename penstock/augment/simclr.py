@@ -9,8 +9,8 @@ from torch import Tensor
 
 from penstock.augment import Box, Whole, _pixels
 from penstock.augment._distort import Jitter, distort
+from penstock.augment._options import Ratio, Share, Side
 from penstock.recipe import Block
-from penstock.schedule import Knob
 
 
 class SimCLR:
@@ -18,9 +18,9 @@ class SimCLR:
 
     class Config(Block):
         name: Literal["simclr"] = "simclr"
-        size: Knob = Field(224, description="side of the views in pixels; may follow a curve")
-        scale: tuple[float, float] = Field((0.08, 1.0), description="share of the image's area, from and to")
-        ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="width over height, from and to")
+        size: Side = Field(224, description="side of the views in pixels; may follow a curve")
+        scale: Share = Field((0.08, 1.0), description="share of the image's area, from and to")
+        ratio: Ratio = Field((3 / 4, 4 / 3), description="width over height, from and to")
         interpolation: Literal["bilinear", "bicubic"] = "bicubic"
         flip: float = Field(0.5, ge=0, le=1, description="probability of mirroring")
         jitter: float = Field(0.8, ge=0, le=1, description="probability of colour jitter")

@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from penstock.augment import Box, Whole, _erasing, _pixels, _policies
+from penstock.augment._options import Ratio, Share, Side
 from penstock.recipe import Block
 from penstock.schedule import Clock, Knob, trace
 
@@ -31,12 +32,12 @@ class Standard:
 
     class Config(Block):
         name: Literal["standard"] = "standard"
-        size: Knob = Field(224, description="side of the view in pixels; may follow a curve")
+        size: Side = Field(224, description="side of the view in pixels; may follow a curve")
         crop: Literal["random_resized", "simple"] = Field(
             "random_resized", description="simple: short side resized to `size`, padded, a square cut out anywhere"
         )
-        scale: tuple[float, float] = Field((0.08, 1.0), description="random_resized: share of the image's area")
-        ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="random_resized: width over height")
+        scale: Share = Field((0.08, 1.0), description="random_resized: share of the image's area")
+        ratio: Ratio = Field((3 / 4, 4 / 3), description="random_resized: width over height")
         pad: int = Field(4, ge=0, description="simple: pixels added on each side")
         padding: Literal["reflect", "constant"] = Field("reflect", description="simple: mirrored edges, or black")
         interpolation: _policies.Interpolation = Field("bicubic", description="random: one of the two for each view")
@@ -56,19 +57,12 @@ class Standard:
         solarize: float = Field(0.0, ge=0, le=1, description="probability of solarization")
         erase: float = Field(0.0, ge=0, le=1, description="probability of erasing a box")
         erase_mode: _erasing.Fill = Field("pixel", description="pixel: filled with noise; const: with the mean colour")
-        erase_area: tuple[float, float] = Field((0.02, 1 / 3), description="share of the view that is erased")
+        erase_area: Share = Field((0.02, 1 / 3), description="share of the view that is erased")
         strength: Knob = Field(
             1.0,
             description="factor on magnitudes, jitter and probabilities (of trivial and three_augment: the probability "
             "of the policy), all but crop and flip; 0 leaves them out; may follow a curve",
         )
-
-        @field_validator("scale", "ratio", "erase_area")
-        @classmethod
-        def _ordered(cls, span: tuple[float, float]) -> tuple[float, float]:
-            if not 0 < span[0] <= span[1]:
-                raise ValueError("write the lower value first, above 0, such as [0.08, 1.0]")
-            return span
 
         @field_validator("strength")
         @classmethod
@@ -79,9 +73,6 @@ class Standard:
 
         @model_validator(mode="after")
         def _fits(self) -> "Standard.Config":
-            if max(self.scale) > 1 or max(self.erase_area) > 1:
-                field = "scale" if max(self.scale) > 1 else "erase_area"
-                raise ValueError(f"{field}: a share of the image's area is at most 1")
             if self.magnitude is not None and self.policy not in _policies.MAGNITUDES:
                 raise ValueError(
                     f"magnitude: policy {self.policy} has none; leave it out, or set policy=randaugment or augmix"

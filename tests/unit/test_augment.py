@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
+from pydantic import ValidationError
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import RandomResizedCrop
 
 from penstock.augment import _pixels
 from penstock.augment.crop_flip import CropFlip
+from penstock.augment.multi_crop import MultiCrop
 from penstock.augment.none import NoAugmentation
 from penstock.augment.resize_crop import ResizeCrop
 from penstock.augment.simclr import SimCLR
+from penstock.augment.standard import Standard
 from penstock.keyed import seed_sample
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
@@ -90,6 +93,27 @@ def test_simclr_jitter_is_torchvisions_in_the_drawn_order():
             theirs = augment.view(IMAGE, 0, {"size": 32})
         seed_sample(0, position, 0)
         assert far(augment.view(IMAGE, 0, {"size": 32}), theirs) <= 4  # a grey level of hue, amplified by what follows
+
+
+KINDS = (CropFlip, MultiCrop, NoAugmentation, ResizeCrop, SimCLR, Standard)
+WRONG = (
+    {"scale": (1.0, 0.2)},
+    {"scale": (0.2, 1.5)},
+    {"scale": (0.2, float("nan"))},
+    {"ratio": (0.0, 1.0)},
+    {"ratio": (1.0, float("inf"))},
+    {"size": 0},
+    {"size": {"name": "linear", "start": 32, "end": 0}},
+)
+
+
+@pytest.mark.parametrize(
+    "kind, wrong",
+    [(kind, wrong) for kind in KINDS for wrong in WRONG if wrong.keys() <= kind.Config.model_fields.keys()],
+)
+def test_views_that_cannot_be_are_refused(kind, wrong):
+    with pytest.raises(ValidationError, match=r"lower value first|at most 1|at least 1 pixel"):
+        kind.Config(**wrong)
 
 
 def test_simclr_operations_happen_as_often_as_asked():
