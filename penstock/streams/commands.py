@@ -164,13 +164,13 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _suffixes(text: str) -> tuple[str, ...]:
-    from penstock.streams.tar import RUNS_CODE
+    from penstock.streams.tar import runs_code
 
     found = tuple(dict.fromkeys(part.strip().lstrip(".").lower() for part in text.split(",")))
     for suffix in found:
         if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]{0,31}", suffix) or suffix == "cls":
             raise argparse.ArgumentTypeError(f"{suffix!r} is no suffix of other members; write some as txt,mask.png")
-        if suffix.rsplit(".", 1)[-1] in RUNS_CODE:
+        if runs_code(suffix):
             raise argparse.ArgumentTypeError(f"{suffix} files are pickles, which can run code when they are read")
     return found
 

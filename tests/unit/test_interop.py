@@ -312,7 +312,7 @@ def test_members_count_for_the_size_of_shards_and_are_never_made_smaller(tmp_pat
         assert Image.open(io.BytesIO(sample["mask.png"])).size == (96, 64) and len(sample["npy"]) == 20_008
 
 
-@pytest.mark.parametrize("words", ["pkl", "emb.pth", "cls", "../txt", ""])
+@pytest.mark.parametrize("words", ["pkl", "emb.pth", "pkl.gz", "txt,mask.PT.gz.gz", "cls", "../txt", ""])
 def test_suffixes_that_cannot_be_taken(tmp_path, words, capsys):
     with pytest.raises(SystemExit):
         main(["shards", "pack", str(tmp_path), str(tmp_path / "set"), "--extra", words])
