@@ -64,7 +64,8 @@ def write_set(
                     (offset, len(data), zlib.crc32(data), identity, label(number), size[1], size[0], key.encode())
                 )
                 digest = (digest + splitmix64(identity)) % 2**64
-                counts[label(number)] = counts.get(label(number), 0) + 1
+                if label(number) >= 0:  # samples without label are not counted
+                    counts[label(number)] = counts.get(label(number), 0) + 1
                 number += 1
         kinds = [("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("id", "<u8"), ("label", "<i4")]
         kinds += [("width", "<u4"), ("height", "<u4"), ("key", "S12")]

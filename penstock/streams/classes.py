@@ -11,13 +11,11 @@ def class_names(data: Data) -> tuple[str, ...]:
     """Names in label order; '0', '1', ... for sets that came with numbers alone.
 
     Raises:
-        InputError: a sample without a label or with one out of range, an empty set, or other classes in the validation
-            set, or in another order.
+        InputError: a sample without a label or with one out of range, or other classes in the validation set, or in
+            another order.
     """
     sets = [("data.train", data.train)] + ([("data.val", data.val)] if data.val is not None else [])
     for key, manifest in sets:
-        if manifest.samples == 0:
-            raise InputError(f"{key}: {manifest.root} holds no sample; give a packed set with images")
         if manifest.unlabelled:
             raise InputError(
                 f"{key}: {manifest.unlabelled} of {manifest.samples} samples of {manifest.root} have no label; "

@@ -146,14 +146,23 @@ class Manifest:
         files = {name for shard in self.shards for name in (shard.name, shard.index)}
         if len(files) < 2 * len(self.shards):
             return "a file is named twice"
-        if not _count(self.samples) or self.samples == 0 or self.samples != sum(shard.samples for shard in self.shards):
+        if not _count(self.samples) or self.samples != sum(shard.samples for shard in self.shards):
             return f"it counts {self.samples!r} samples, and its shards {sum(shard.samples for shard in self.shards)}"
+        if self.samples == 0:
+            return "it holds no sample"
         if self.classes is not None and not all(isinstance(name, str) for name in self.classes):
             return "class names are text"
         if not all(label >= 0 and _count(count) for label, count in self.class_counts.items()) or self.unlabelled < 0:
             return "its classes are counted wrongly"
-        if not isinstance(self.pack, dict) or not 0 <= self.digest_of_ids < 1 << 64:
-            return "it does not say how it was packed, or its digest is no number of 64 bits"
+        if self.classes is not None and (largest := max(self.class_counts, default=-1)) >= len(self.classes):
+            return f"it counts samples of label {largest}, and names {len(self.classes)} classes"
+        if not 0 <= self.digest_of_ids < 1 << 64:
+            return "its digest is no number of 64 bits"
+        if not isinstance(self.pack, dict) or not isinstance(self.pack.get("settings", {}), dict):
+            return "`pack` does not say how it was packed"
+        extra = self.pack.get("extra", [])
+        if not isinstance(extra, list | tuple) or not all(isinstance(suffix, str) for suffix in extra):
+            return "`extra` of `pack` is no list of suffixes"
         return ""
 
     def _content(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def print_summary(manifest: Manifest) -> None:
     table.add_row("made from", str(manifest.pack.get("source", "tars made elsewhere")))
     settings = manifest.pack.get("settings", {})
     if "short_side" in settings:
-        said = f"JPEG of short side {settings['short_side']}, quality {settings['quality']}"
+        said = f"JPEG of short side {settings['short_side']}, quality {settings.get('quality', 'unknown')}"
         table.add_row("larger images", f"re-encoded: {said}")
     table.add_row("identity", manifest.identity)
     console.print(table)

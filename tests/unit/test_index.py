@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 from penstock.errors import InputError
 from penstock.streams.foreign import index_folder
 from penstock.streams.manifest import Manifest
+from penstock.streams.show import print_summary
 from penstock.streams.verify import verify
 from tests.trees import fingerprints, image_bytes, read_plainly, write_tar
 
@@ -324,14 +326,42 @@ def test_changed_manifest(tmp_path, change, said):
 
 def test_manifest_that_leaves_its_folder(tmp_path):
     """A manifest whose own checksum is right, written to make a reader open other files."""
-    from dataclasses import replace
-
     write_tar(tmp_path / "a.tar", [("a.jpg", JPG)])
     manifest, _ = index_folder(tmp_path, workers=1, show=False)
     for name in ("../a.tar", "/etc/passwd", "pipe:rm -r x", "https://a/b.tar", "a\\b.tar", ""):
         replace(manifest, shards=(replace(manifest.shards[0], name=name),)).save(tmp_path)
         with pytest.raises(InputError, match="outside its folder"):
             Manifest.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"class_counts": {2: 1}}, "it counts samples of label 2, and names 2 classes"),
+        ({"class_counts": {0: 1}, "classes": ()}, "it counts samples of label 0, and names 0 classes"),
+        ({"shards": (), "samples": 0, "class_counts": {}}, "it holds no sample"),
+        ({"pack": {"settings": 5}}, "`pack` does not say how"),
+        ({"pack": {"extra": 7}}, "`extra` of `pack` is no list"),
+        ({"pack": {"extra": "txt"}}, "`extra` of `pack` is no list"),
+        ({"pack": {"extra": [1]}}, "`extra` of `pack` is no list"),
+    ],
+)
+def test_manifest_that_says_what_cannot_be(tmp_path, change, said):
+    """With a checksum that is right."""
+    write_tar(tmp_path / "a.tar", [("a.jpg", JPG), ("a.cls", b"1")])
+    (tmp_path / "classes.txt").write_text("dog\ncat\n")
+    manifest, _ = index_folder(tmp_path, workers=1, show=False)
+    replace(manifest, **change).save(tmp_path)
+    with pytest.raises(InputError, match=said):
+        Manifest.load(tmp_path)
+
+
+def test_settings_without_a_quality_are_shown(tmp_path, capsys):
+    write_tar(tmp_path / "a.tar", [("a.jpg", JPG)])
+    manifest, _ = index_folder(tmp_path, workers=1, show=False)
+    replace(manifest, pack={"settings": {"short_side": 3}}).save(tmp_path)
+    print_summary(Manifest.load(tmp_path))
+    assert "short side 3, quality unknown" in capsys.readouterr().out
 
 
 def test_diff_in_words_and_missing_files(tmp_path):
