@@ -13,12 +13,15 @@ export PENSTOCK_BEGAN
 # it died instead, srun would give the others no more than Slurm's KillWait.
 trap : TERM
 
+read -ra options <<<"${PENSTOCK_TORCHRUN:-}"
+
 # A static rendezvous: rank 0 is on the job's first node after every restart.
 code=0
 # shellcheck disable=SC2016 # each rank expands it, not this shell
 "$PENSTOCK_PYTHON" -m penstock.torchrun \
     --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" --nproc-per-node "$procs" \
     --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --max-restarts 0 --shutdown-timeout 600 \
+    "${options[@]}" \
     --no-python bash -c 'exec "$PENSTOCK_PYTHON" -u -m "$@" >>"$ATTEMPT_LOGS/rank-$RANK.log" 2>&1' rank "$@" || code=$?
 
 # Stopped on request is no reason for srun to kill the nodes that are still saving.

@@ -7,6 +7,7 @@
 #   PENSTOCK_CODE      the code to run; else the folder that the job was sent from
 #   PENSTOCK_PYTHON    else .venv/bin/python of the code, else python3
 #   PENSTOCK_PROCS     ranks of a node; else one per GPU that Slurm gave, or one
+#   PENSTOCK_TORCHRUN  more options of torchrun, such as --numa-binding=node
 #   PENSTOCK_LOGS      folder of the job's logs; else runs/logs
 #   PENSTOCK_CRASHES   crashes in a row after which the job is left to fail; else 3
 
@@ -22,13 +23,13 @@ train() {
     export PENSTOCK_STOP_FILE=$ATTEMPT_LOGS/stop PENSTOCK_EXIT_FILE=$ATTEMPT_LOGS/exit
     mkdir -p "$ATTEMPT_LOGS"
     rm -f "$PENSTOCK_STOP_FILE" "$PENSTOCK_EXIT_FILE"
+    asked=
+    trap ask_to_stop USR1 TERM
     choose_python
     meet_at_first_node
     echo "job $job, start $((attempt + 1)), on $SLURM_JOB_NODELIST; each rank's words: $ATTEMPT_LOGS/rank-N.log"
 
     # In the background, since a shell that waits for a foreground srun hears no signal before it ends.
-    asked=
-    trap ask_to_stop USR1 TERM
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
         --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" \
         --kill-on-bad-exit=1 --wait=600 --unbuffered --label \

@@ -132,6 +132,18 @@ def test_times_as_sbatch_takes_them(time, expected):
     assert cluster.seconds(time) == expected
 
 
+@pytest.mark.parametrize("path", sorted(cluster.CLUSTERS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_clusters_in_configs(path):
+    assert cluster_of(path.stem, {}).world >= 1
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/pipelines").glob("*.yaml")), ids=lambda path: path.stem)
+def test_pipelines_in_configs(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    line = check(pipeline.Pipeline, load(path))
+    assert all(Path(step.recipe).is_file() for step in line.steps.values())
+
+
 def test_a_sweep_is_every_combination():
     values = slurm.combinations(["optim.lr=1e-3,2e-3", "seed=0,1"])
     assert [slurm.name_of(each) for each in values] == [
