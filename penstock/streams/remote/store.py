@@ -8,6 +8,7 @@ import datetime
 import hashlib
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from penstock.streams.remote.address import Place, place, redacted
+from penstock.streams.remote.cache import FULL
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 20.0  # seconds between attempts
 CHUNK = 1 << 20  # bytes of a whole file handled at once
@@ -60,7 +62,7 @@ class Store:
 
     def __init__(self, address: str, retries: int, timeout: float):
         self.place = place(address)
-        self.address, self.retries, self._timeout = address, retries, timeout
+        self.address, self.retries = address, retries
         self.retried = 0  # times that a request was sent again
         try:
             self._client = _open(self.place, timeout)
@@ -104,21 +106,28 @@ class Store:
         return self._tried(name, once)
 
     def download(self, name: str, file: BinaryIO, size: int | None = None, sha256: str | None = None) -> int:
-        """Write a whole object to `file`, and return its size. An answer that breaks off is taken up where it ended.
+        """Write a whole object to `file`, and return its size. An answer that breaks off is taken up where it ended,
+        if the object is still of the version that its first bytes were of.
 
         Raises:
             Changed: it has not the size or the checksum.
         """
-        received, digest = 0, hashlib.sha256()
+        received, digest, tag = 0, hashlib.sha256(), None
+
+        def begun() -> Any:
+            nonlocal received, digest
+            if received and tag is not None:
+                with contextlib.suppress(NoRanges, Changed):
+                    answer = self._answer(name, {"range": {"offset": received}}, size)
+                    if answer.meta["e_tag"] == tag:
+                        return answer
+            received, digest = 0, hashlib.sha256()
+            return self._answer(name, {}, size)
 
         def once() -> None:
-            nonlocal received, digest, size
-            try:
-                options = {"range": {"offset": received}} if received else {}
-                answer = self._answer(name, options, size)
-            except (NoRanges, Changed):
-                received, digest = 0, hashlib.sha256()
-                answer = self._answer(name, {}, size)
+            nonlocal received, tag
+            answer = begun()
+            tag = answer.meta["e_tag"]
             file.seek(received)
             for chunk in answer.stream(min_chunk_size=CHUNK):
                 file.write(chunk)
@@ -151,7 +160,10 @@ class Store:
         tag = self._tags.get(name)
         if tag is not None and self.place.versioned:
             options = {**options, "if_match": tag}
-        answer = self._client.get(name, options=options) if options else self._client.get(name)
+        try:
+            answer = self._client.get(name, options=options) if options else self._client.get(name)
+        except Exception as error:
+            raise OSError(self._sorted_out(name, error)) from None
         meta = answer.meta
         if size is not None and meta["size"] != size:
             raise Changed(f"{name} has {meta['size']:,} bytes instead of {size:,}")
@@ -171,11 +183,13 @@ class Store:
             except (Missing, Changed, NoRanges, Unusable):
                 raise
             except Exception as error:
+                if isinstance(error, OSError) and error.errno in FULL:
+                    raise
                 why = self._sorted_out(name, error)
             if progress() > done:
                 pause, attempts, done = FIRST_PAUSE, 0, progress()
             if attempts == self.retries:
-                self._probe(why)
+                self._probe()
                 raise Failed(f"{why}, {attempts + 1} times in a row")
             attempts += 1
             with self._lock:
@@ -193,11 +207,11 @@ class Store:
             what = "does not let us in" if kind == "UnauthenticatedError" else "does not allow it"
             raise Unusable(f"{self.address} {what} ({why}); {ENVIRONMENT}") from None
         if kind == "NotSupportedError" and "Range" in why:
-            raise NoRanges(name) from None
+            raise NoRanges(f"{name}: the server sends whole files alone") from None
         if kind == "PreconditionError":
             self._tags.pop(name, None)
             return f"another version of {name} than before"
-        if "416" in why:
+        if re.search(r"status code: 416\b", why):
             raise Changed(f"{name} ends early ({why})") from None
         if kind in ("InvalidPathError", "UnknownConfigurationKeyError", "NotSupportedError", "ValueError", "TypeError"):
             raise Unusable(f"{self.address}: {why}") from None
@@ -207,22 +221,24 @@ class Store:
         if self._gone is not None and time.monotonic() - self._gone[0] < PROBED:
             raise Unusable(self._gone[1])
 
-    def _probe(self, why: str) -> None:
+    def _probe(self) -> None:
         """Raise Unusable if not even the manifest can be reached."""
         try:
             self._client.head(PROBE)
         except FileNotFoundError:
             pass
         except Exception as error:
-            what = f"{self.address} cannot be reached: {why}; its manifest neither: {_brief(error)}"
-            remedy = f"there are no credentials: {ENVIRONMENT}" if METADATA in why else "look at network and address"
+            what = f"{self.address} cannot be reached: {_brief(error)}"
+            remedy = f"there are no credentials: {ENVIRONMENT}" if METADATA in what else "look at network and address"
             self._gone = time.monotonic(), f"{what}; {remedy}. A run goes on where it was"
             raise Unusable(self._gone[1]) from None
 
 
 def _brief(error: Exception) -> str:
-    """An error's first line without credentials, the client's own words about retries left out."""
-    return redacted(str(error).strip().split("\n")[0])[:300] or type(error).__name__
+    """An error's first line without credentials and without what says nothing: the client's kind and its pace."""
+    line = str(error).strip().split("\n")[0]
+    line = re.sub(r"^Generic \w+ error: |Error performing | in [\d.]+[mµn]?s(?= - )", "", line)
+    return redacted(line)[:300] or type(error).__name__
 
 
 def _open(where: Place, timeout: float) -> Any:
