@@ -170,16 +170,21 @@ class Books:
             self.ledger.append(parts)
         for epoch in self.digest.done(state.samples):
             self._run.tracker.event("epoch", state.step, **epoch, digest="as in the manifest")
-        if tick.every(self._run.report_every):
-            bad = self.faults.check()
-            if bad:
-                kinds = {f"data/unreadable_{kind}": count for kind, count in self.faults.kinds.items() if count}
-                self._run.tracker.log(state.step, {"data/unreadable": bad, **kinds})
-            if self.faults.dropped:
-                self._run.tracker.log(state.step, {"data/dropped": self.faults.dropped})
+        if tick.every(self._run.report_every) or tick.last:
+            self.judge(state)
+
+    def judge(self, state: State) -> None:
+        """Count the samples that could not be read over all ranks, and end the run where they are too many."""
+        bad = self.faults.check()
+        if bad:
+            kinds = {f"data/unreadable_{kind}": count for kind, count in self.faults.kinds.items() if count}
+            self._run.tracker.log(state.step, {"data/unreadable": bad, **kinds})
+        if self.faults.dropped:
+            self._run.tracker.log(state.step, {"data/dropped": self.faults.dropped})
 
 
 def _save(run: Run, state: State, books: Books, tick: Tick) -> None:
+    books.judge(state)  # a stop or an early end comes between reports, and a resumed run counts anew
     step = state.step
     forever = tick.every(run.checkpoints.config.keep_every)
     run.tracker.flush()
@@ -208,6 +213,7 @@ def _restore(run: Run) -> tuple[State, Books]:
         if distributed.is_main():
             print(f"warning: {warning}; the one before is used", flush=True)
     if saved is None:
+        run.tracker.event("started", 0, samples=0, ranks_now=distributed.world())
         return (state := State()), Books(run, state)
     run.stream.check_identity(saved["stream"])
     state = State(**saved["run"])
@@ -216,7 +222,8 @@ def _restore(run: Run) -> tuple[State, Books]:
     run.meters.load(open_sums)
     run.monitor.load(saved["monitor"])
     state.ended = state.ended and run.monitor.ended()
-    run.tracker.event("resumed", state.step, ranks_then=saved["world"], ranks_now=distributed.world())
+    ranks = {"ranks_then": saved["world"], "ranks_now": distributed.world()}
+    run.tracker.event("resumed", state.step, samples=state.samples, **ranks)
     if distributed.is_main():
         done = min(state.samples / run.clock.samples, 1.0)
         print(f"resuming at step {state.step}, {done:.0%} of the run", flush=True)

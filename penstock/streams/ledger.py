@@ -14,6 +14,7 @@ from penstock.errors import InputError
 from penstock.streams.batch import Batch
 
 NAME = re.compile(r"attempt-(\d+)-rank-(\d+)\.jsonl")
+NAMED = "attempt-{:04d}-rank-{:05d}.jsonl"
 
 
 class Ledger:
@@ -28,7 +29,7 @@ class Ledger:
         folder.mkdir(parents=True, exist_ok=True)
         attempt = distributed.broadcast(max((number for number, _ in _files(folder)), default=0) + 1)
         self.rank = distributed.rank()
-        self._file = (folder / f"attempt-{attempt:04d}-rank-{self.rank:05d}.jsonl").open("x", encoding="utf-8")
+        self._file = (folder / NAMED.format(attempt, self.rank)).open("x", encoding="utf-8")
         self._write({"since_step": since_step, "world": distributed.world()})
 
     def append(self, batches: list[Batch]) -> None:
@@ -72,12 +73,34 @@ def read_ledger(folder: Path) -> dict[int, list[dict[str, Any]]]:
 
 def world_at(folder: Path, step: int) -> int | None:
     """Ranks of the last attempt that began before a step was done; None where there is no such record."""
-    found = None
-    for _, path in sorted(_files(folder)):
-        lines = _lines(path)
-        if lines and lines[0]["since_step"] <= step:
-            found = lines[0]["world"]
-    return found
+    found = _attempt_of(folder, step)
+    return found[1] if found else None
+
+
+def served_at(folder: Path, step: int) -> dict[int, list[list[int]]]:
+    """Positions of a step by rank and micro-batch, as they were served; nothing where not all ranks have written it."""
+    attempt, world = _attempt_of(folder, step) or (0, 0)
+    found: dict[int, list[list[int]]] = {}
+    for rank in range(world):
+        path = folder / NAMED.format(attempt, rank)
+        if not path.is_file():
+            return {}
+        with path.open(encoding="utf-8") as file:
+            lines = [line for line in file if line.startswith(f'{{"step": {step},') and line.endswith("\n")]
+        found[rank] = [json.loads(line)["positions"] for line in lines]
+    return found if len({len(micros) for micros in found.values()} - {0}) == 1 and all(found.values()) else {}
+
+
+def _attempt_of(folder: Path, step: int) -> tuple[int, int] | None:
+    """Number and ranks of the last attempt that began before a step was done."""
+    for attempt, path in sorted(_files(folder), reverse=True):
+        if path.name != NAMED.format(attempt, 0):
+            continue
+        with path.open(encoding="utf-8") as file:
+            line = file.readline()
+        if line.endswith("\n") and (first := json.loads(line))["since_step"] <= step:
+            return attempt, first["world"]
+    return None
 
 
 def _files(folder: Path) -> list[tuple[int, Path]]:

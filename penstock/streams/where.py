@@ -1,36 +1,33 @@
 """Which samples a step of a run serves: by the recipe alone, whether the run was made, is going on, or is to come."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
+import numpy as np
+from pydantic import Field
 
 from penstock.augment import AUGMENTATIONS
 from penstock.augment._views import Shown, size_multiple
 from penstock.errors import InputError
 from penstock.recipe import check, load
 from penstock.schedule import Clock
+from penstock.streams.attempts import Attempt, attempts_until
 from penstock.streams.data import Data
-from penstock.streams.ledger import world_at
+from penstock.streams.ledger import served_at, world_at
 from penstock.streams.loader import POOL, Micro
 from penstock.streams.mixture import set_of
 from penstock.streams.train import TrainStream
-from penstock.tracking.journal import NAME, read_run
 
 RECIPE = "recipe.yaml"
+UNUSED = ("val", "cache", "stages", "extra")  # of `data`
 
 
 class Stepped(Shown):
     """The part of any stage's recipe that decides which samples a step serves."""
 
     accumulation: int = Field(1, ge=1)
-
-    @field_validator("data")
-    @classmethod
-    def _alone(cls, data: Data.Config) -> Data.Config:
-        return data.model_copy(update={"val": None, "cache": "none", "stages": [], "extra": {}, "workers": 0})
 
 
 @dataclass(frozen=True)
@@ -68,33 +65,80 @@ def places(address: Path, overrides: list[str], step: int, rank: int | None, wor
     if run is not None and not (run / RECIPE).is_file():
         raise InputError(f"{run} is not a run: it holds no {RECIPE}; give a run's folder, or a recipe")
     recipe = _recipe(run / RECIPE if run else address, overrides)
-    world = world or (_world(run, step) if run else 1)
+    ledger = run / "ledger" if run and (run / "ledger").is_dir() else None
+    attempts = attempts_until(run, step) if run else []
+    made_by = (ledger and world_at(ledger, step)) or (attempts[-1].world if attempts else 1)
+    world = world or made_by
     if rank is not None and not 0 <= rank < world:
         raise InputError(f"--rank {rank}: there are {world} ranks, numbered from 0; --world N says otherwise")
-    stream, begin = _stream(recipe, world), 0
-    done, begin = _nearest(run, step) if run and not overrides else (0, 0)
-    while done < step:
-        ahead = step - done if recipe.batch_growth == 1 else 1
-        begin, done = begin + ahead * stream.batch_at(begin), done + ahead
+    ranks = range(world) if rank is None else [rank]
+    served = served_at(ledger, step) if ledger and world == made_by and not overrides else {}
+    if served:
+        stream = _stream(recipe.model_copy(update={"accumulation": 1}), 1)
+        micros = {number: [stream.micro(np.array(part), {}, step) for part in served[number]] for number in ranks}
+    else:
+        stream, micros = _planned(recipe, [] if overrides else attempts, step, world, ranks)
+    for part in range(len(micros[ranks[0]])):
+        for number in ranks:
+            yield from _slots(stream, micros[number][part], part, number)
+
+
+def _planned(
+    recipe: Stepped, attempts: list[Attempt], step: int, world: int, ranks: Sequence[int]
+) -> tuple[TrainStream, dict[int, list[Micro]]]:
+    """Micro-batches of a step by rank, by the recipes of the attempts."""
+    stream = _stream(_of_attempt(recipe, attempts[-1], step) if attempts else recipe, world)
+    begin = _begin(recipe, attempts, step)
     if begin >= stream.clock.samples:
         raise InputError(
             f"--step {step} is after the end of the run, which has {stream.clock.samples:,} samples in steps of "
-            f"{recipe.batch:,}; steps count from 0"
+            f"{stream.batch:,}; steps count from 0"
         )
-    plans = []
-    for number in range(world) if rank is None else [rank]:
+    micros = {}
+    for number in ranks:
         stream.rank = number
-        plans.append((number, [stream.micro_at(begin, step, part) for part in range(stream.accumulation)]))
-    for part in range(stream.accumulation):
-        for number, micros in plans:
-            yield from _slots(stream, micros[part], part, number)
+        micros[number] = [stream.micro_at(begin, step, part) for part in range(stream.accumulation)]
+    return stream, micros
+
+
+def _begin(recipe: Stepped, attempts: list[Attempt], step: int) -> int:
+    """Samples served before a step: on from the last position that the attempt which does it is known to have had."""
+    known = {0: 0}
+    if attempts:
+        *before, last = attempts
+        recipe = _of_attempt(recipe, last, step)
+        known = {done: samples for done, samples in last.known.items() if last.since <= done <= step}
+        if last.since not in known:
+            known[last.since] = _begin(recipe, before, last.since) if before else 0
+    done, begin = max(known.items())
+    stream = _stream(recipe.model_copy(update={"accumulation": 1}), 1)
+    while done < step:
+        ahead = step - done if recipe.batch_growth == 1 else 1
+        begin, done = begin + ahead * stream.batch_at(begin), done + ahead
+    return begin
+
+
+def _of_attempt(recipe: Stepped, attempt: Attempt, step: int) -> Stepped:
+    """The run's newest recipe with an attempt's own batches."""
+    try:
+        own = {"batch": int(attempt.params["batch"]), "accumulation": int(attempt.params["engine.accumulation"])}
+    except KeyError as error:
+        raise InputError(f"--step {step}: the journal does not tell {error} of the attempt that did it") from None
+    if attempt.grew_else:
+        raise InputError(
+            f"--step {step}: the run went on with other sizes of views or batches after this step; "
+            "only a ledger could tell its samples (data.ledger=true)"
+        )
+    return recipe.model_copy(update={**own, "batch_growth": float(attempt.params.get("batch_growth", 1))})
 
 
 def _recipe(path: Path, overrides: list[str]) -> Stepped:
     source = load(path, overrides)
-    engine = source.values.get("engine") or {}
+    engine, data = source.values.get("engine") or {}, source.values.get("data")
     source.values = {key: value for key, value in source.values.items() if key in Shown.model_fields}
     source.values["accumulation"] = engine.get("accumulation", 1) if isinstance(engine, dict) else 1
+    if isinstance(data, dict):  # what decides no sample is not looked at: stages would import code of the user
+        source.values["data"] = {key: value for key, value in data.items() if key not in UNUSED} | {"workers": 0}
     return check(Stepped, source)
 
 
@@ -112,22 +156,6 @@ def _stream(recipe: Stepped, world: int) -> TrainStream:
         size_multiple=size_multiple(recipe),
         growth=recipe.batch_growth,
     )
-
-
-def _world(run: Path, step: int) -> int:
-    """Ranks that did the step: by the ledger, or else by the newest attempt."""
-    found = world_at(run / "ledger", step) if (run / "ledger").is_dir() else None
-    if found is None and (run / NAME).is_file():
-        found = int(read_run(run).tags.get("world_size", 1))
-    return found or 1
-
-
-def _nearest(run: Path, step: int) -> tuple[int, int]:
-    """The last step up to this one whose position the journal knows: a run may have gone on with another batch."""
-    if not (run / NAME).is_file():
-        return 0, 0
-    known = read_run(run).series.get("progress/samples", [])
-    return max(((done, round(samples)) for done, samples in known if done <= step), default=(0, 0))
 
 
 def _slots(stream: TrainStream, micro: Micro, part: int, rank: int) -> Iterator[Place]:

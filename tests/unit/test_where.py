@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from penstock.cli import main
-from penstock.errors import DONE, INPUT_WRONG
+from penstock.errors import DONE, INPUT_WRONG, InputError
+from penstock.streams.batch import Batch
 from penstock.streams.ledger import Ledger
 from penstock.streams.loader import POOL
 from penstock.streams.where import places
@@ -77,18 +79,95 @@ def test_batches_that_grow(tmp_path, folder):
     assert max(steps) > 8
 
 
-def test_a_run_knows_its_ranks_and_a_batch_that_changed(tmp_path, folder):
+def journal(run: Path, *lines: dict[str, Any]) -> None:
+    (run / "journal.jsonl").write_text("".join(json.dumps({"time": 0, **line}) + "\n" for line in lines))
+
+
+def attempt(batch: int, world: int = 1, **params: Any) -> dict[str, Any]:
+    params = {"batch": batch, "batch_growth": 1.0, "engine.accumulation": 1, **params}
+    return {"attempt": {"params": {key: str(value) for key, value in params.items()}, "tags": {"world_size": world}}}
+
+
+def samples(step: int, count: int) -> dict[str, Any]:
+    return {"step": step, "metrics": {"progress/samples": count}}
+
+
+def event(name: str, step: int, **data: Any) -> dict[str, Any]:
+    return {"step": step, "event": name, "data": data}
+
+
+@pytest.fixture
+def run(tmp_path, folder) -> Path:
+    """Begun with a batch of 16, killed after step 20, resumed at step 12 with one of 8; old points stay in it."""
     run = tmp_path / "run"
     run.mkdir()
-    recipe(run / "recipe.yaml", folder)
-    ledger = Ledger(run / "ledger", since_step=0)
-    ledger.close()
-    (path,) = (run / "ledger").iterdir()
+    recipe(run / "recipe.yaml", folder, duration="20 epochs")
+    lines = [attempt(16, 2), event("started", 0, samples=0, ranks_now=2)]
+    lines += [samples(step, 16 * step) for step in (1, 5, 10, 15, 20)]
+    lines += [attempt(8), event("resumed", 12, samples=192, ranks_now=1), samples(25, 192 + 13 * 8)]
+    lines += [attempt(4)]  # it failed before its first step
+    journal(run, *lines)
+    return run
+
+
+SERVED = {5: (80, 16), 11: (176, 16), 12: (192, 8), 16: (224, 8), 20: (256, 8), 22: (272, 8), 25: (296, 8)}
+
+
+@pytest.mark.parametrize("step", SERVED)
+def test_a_run_that_went_on_with_another_batch(run, step):
+    found = list(places(run, [], step, None, None))
+    begin, count = SERVED[step]
+    assert sorted(place.position for place in found) == list(range(begin, begin + count))
+    assert {place.rank for place in found} == ({0, 1} if step < 12 else {0})
+
+
+def test_positions_follow_from_attempt_to_attempt(run):
+    """Where the journal does not tell the position at which an attempt resumed."""
+    path = run / "journal.jsonl"
+    path.write_text(path.read_text().replace('"samples": 192, ', ""))
+    for step, (begin, count) in SERVED.items():
+        found = sorted(place.position for place in places(run, [], step, None, None))
+        assert found == list(range(begin, begin + count))
+
+
+def test_what_cannot_be_known_is_refused(run, folder):
+    first = event("started", 0, samples=0, ranks_now=1)
+    lines = [attempt(16), first, attempt(8), event("resumed", 12, samples=192, ranks_now=1)]
+    del lines[0]["attempt"]["params"]["batch"]
+    journal(run, *lines)
+    with pytest.raises(InputError, match="--step 5: the journal does not tell 'batch'"):
+        list(places(run, [], 5, None, None))
+    assert min(place.position for place in places(run, [], 13, None, None)) == 200
+    sizes = {"batch_growth": 3, "augment.size.end": 16}
+    lines[0] = attempt(16, **sizes)
+    lines[2] = attempt(8, **sizes | {"augment.size.end": 24})
+    journal(run, *lines)
+    with pytest.raises(InputError, match="other sizes"):
+        list(places(run, [], 5, None, None))
+
+
+def test_the_ledger_is_believed(run):
+    first, second = (run / "ledger", 0), (run / "ledger", 12)
+    for rank, ledger in enumerate((Ledger(*first), Ledger(*second))):
+        for step in (12, 13):
+            positions = torch.arange(8) + 1000 * rank + 8 * step
+            ledger.append([Batch([], positions, positions, positions, [""] * 8, step)] * 2)
+        ledger.close()
+    found = list(places(run, [], 13, None, None))
+    assert [place.position for place in found] == 2 * list(range(1104, 1112))
+    assert [place.micro for place in found] == [0] * 8 + [1] * 8
+    assert min(place.position for place in places(run, [], 14, None, None)) == 208  # not in it yet
+    (path,) = (run / "ledger").glob("attempt-0001-*")
     path.write_text(path.read_text().replace('"world": 1', '"world": 2'))
-    assert {place.rank for place in places(run, [], 1, None, None)} == {0, 1}
-    journal = [{"time": 0, "step": 2, "metrics": {"progress/samples": 24}}]  # the first two steps had 12 samples each
-    (run / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in journal))
-    assert min(place.position for place in places(run, [], 3, None, None)) == 32
+    assert {place.rank for place in places(run, [], 11, None, None)} == {0, 1}
+
+
+def test_nothing_of_the_user_is_run(tmp_path, folder, monkeypatch):
+    (tmp_path / "ill.py").write_text("raise SystemExit('run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    data = {"stages": ["ill:stage"], "extra": {"caption": "txt"}, "cache": "ram"}
+    path = recipe(tmp_path / "recipe.yaml", folder, data=data)
+    assert len(list(places(path, [], 0, None, 1))) == 8
 
 
 def test_the_command(tmp_path, folder, capsys):
