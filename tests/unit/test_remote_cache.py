@@ -1,5 +1,7 @@
 """The cache on disk by itself: what leaves it, what is shared, and what a full disk or a killed process leaves."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import threading
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from penstock.errors import InputError
 from penstock.streams.remote.cache import Cache, path_of
 
 
@@ -124,3 +127,65 @@ def test_a_draft_that_a_killed_process_left_is_used_again(tmp_path):
     draft.write_bytes(b"half of it and more" * 20)
     assert cache.get("a" * 64, 100, content(100, 3)).read_bytes() == bytes([3]) * 100
     assert not draft.exists()
+
+
+def test_a_file_of_unknown_size_that_does_not_fit_is_not_kept(tmp_path, capsys):
+    cache = Cache(tmp_path, 1000)
+    assert cache.get("a" * 64, None, content(2000)) is None
+    assert "no room" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*/*")) and cache._used() == 0
+    assert cache.get("b" * 64, None, content(600)) is not None and cache._used() == 600
+    assert cache.get("c" * 64, None, content(600)) is not None and cache._used() == 600
+
+
+def test_a_file_may_leave_as_soon_as_it_came(tmp_path, monkeypatch):
+    cache, replace = Cache(tmp_path, 1000), Path.replace
+
+    def replaced(draft, path):
+        replace(draft, path)
+        path.unlink()
+
+    monkeypatch.setattr(Path, "replace", replaced)
+    assert cache.get("a" * 64, 100, content(100)) is not None
+
+
+def test_a_draft_leaves_while_its_lock_is_held(tmp_path, monkeypatch):
+    cache, unlink, held = Cache(tmp_path, 1000), Path.unlink, []
+    draft = path_of(tmp_path, "a" * 64).with_name("a" * 64 + ".part")
+    draft.parent.mkdir()
+    draft.write_bytes(bytes(900))  # of a process that was killed
+
+    def unlinked(path, missing_ok=False):
+        if path == draft:
+            with path.open("rb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    held.append(path)
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlinked)
+    assert cache.get("b" * 64, 500, content(500)) is not None
+    assert held == [draft] and not draft.exists()
+
+
+def test_a_draft_that_is_anothers_by_now_is_not_taken(tmp_path):
+    cache = Cache(tmp_path, 1000)
+    draft = path_of(tmp_path, "a" * 64).with_name("a" * 64 + ".part")
+
+    def robbed(file):
+        file.write(bytes(100))
+        draft.unlink()
+        draft.write_bytes(b"half")
+
+    assert cache.get("a" * 64, 100, robbed) is None
+    assert draft.read_bytes() == b"half" and not draft.with_suffix("").exists() and cache._used() == 0
+
+
+def test_a_disk_without_locks_is_refused_with_what_to_set(tmp_path, monkeypatch):
+    def without(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    with pytest.raises(InputError, match=r"No locks available.* local disk .*data\.remote\.cache_dir or \$PENSTOCK_"):
+        Cache(tmp_path, 1000)

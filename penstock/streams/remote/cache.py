@@ -39,9 +39,11 @@ class Cache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "lock").touch()
+            with self._locked():
+                pass
         except OSError as error:
             raise InputError(
-                f"the cache {folder} cannot be written: {error.strerror}; name another folder as "
+                f"the cache {folder} cannot be written and locked: {error.strerror}; name a folder on a local disk as "
                 "data.remote.cache_dir or $PENSTOCK_CACHE"
             ) from None
 
@@ -73,22 +75,34 @@ class Cache:
             return None
 
     def _fetched(self, path: Path, file: BinaryIO, size: int | None, fetch: Callable[[BinaryIO], None]) -> bool:
-        reserved = size or 0
-        if not self._reserve(reserved):
-            self._warn(f"has no room for {reserved / 1e6:,.0f} MB within its {self.limit / 1e6:,.0f} MB")
+        counted = size or 0
+        if not self._has_room(counted):
             return False
         try:
-            if reserved:
-                self._allocate(file, reserved)
+            if counted:
+                self._allocate(file, counted)
             fetch(file)
             file.flush()
             os.fsync(file.fileno())
-            path.with_name(f"{path.name}.part").replace(path)
+            found = os.fstat(file.fileno()).st_size  # once it has its name, it may leave at any time
+            if self._has_room(found - counted):
+                counted = found
+                draft = path.with_name(f"{path.name}.part")
+                if _is_at(file, draft):
+                    draft.replace(path)
+                    return True
         except BaseException:
-            self._reserve(-reserved)
+            self._reserve(-counted)
             raise
-        self._reserve(path.stat().st_size - reserved)
-        return True
+        self._reserve(-counted)
+        return False
+
+    def _has_room(self, size: int) -> bool:
+        """`_reserve`, and a warning where there is none."""
+        if self._reserve(size):
+            return True
+        self._warn(f"has no room for {size / 1e6:,.0f} MB within its {self.limit / 1e6:,.0f} MB")
+        return False
 
     def _allocate(self, file: BinaryIO, size: int) -> None:
         """Take the room on the disk before anything is fetched."""
@@ -143,7 +157,7 @@ class Cache:
 
     def _emptied(self, room: int, limit: int | None = None) -> int:
         """Remove what was not used for longest, until there is room; returns the bytes that are left."""
-        files = sorted((found for found in self._files()), key=lambda found: found[0])
+        files = sorted(self._files(), key=lambda found: found[0])
         used, most = sum(size for _, size, _ in files), int((limit or self.limit) * AFTER_EVICTION) - room
         for _, size, path in files:
             if used <= max(most, 0):
@@ -191,11 +205,13 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 def _removed(path: Path) -> bool:
     """Remove a file, but not a draft that a process is writing."""
-    if path.suffix == ".part":
-        try:
-            with path.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, FileNotFoundError):
-            return False
-    path.unlink(missing_ok=True)
+    if path.suffix != ".part":
+        path.unlink(missing_ok=True)
+        return True
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+    except (BlockingIOError, FileNotFoundError):
+        return False
     return True
