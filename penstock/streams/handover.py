@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 SMALL = 1 << 16  # bytes that are sent by value
+OF_NUMPY = {torch.from_numpy(np.empty(0, kind)).dtype for kind in "?bBhHiIlLefdFD"}  # not bfloat16, not 8-bit floats
 Piece = tuple[Tensor, list[tuple[int, torch.Size]]]  # flat memory, and where the views lie in it
 
 
@@ -48,7 +49,7 @@ def by_value(value: Any) -> Any:
     """Small tensors, and those in a dictionary, as arrays; anything else as it is."""
     if isinstance(value, dict):
         return {name: by_value(each) for name, each in value.items()}
-    small = isinstance(value, Tensor) and value.nbytes <= SMALL and value.dtype != torch.bfloat16
+    small = isinstance(value, Tensor) and value.nbytes <= SMALL and value.dtype in OF_NUMPY
     return value.numpy() if small else value
 
 

@@ -41,15 +41,17 @@ def filled(sides: list[int]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("sides", [[8], [8, 8], [9, 7, 5, 5]])
 def test_views_of_one_piece_arrive_as_one_piece(sides):
-    batch = batch_of(filled(sides), step=3, extra={"small": torch.arange(4.0), "half": torch.ones(4).bfloat16()})
+    tiny = torch.arange(4.0).to(torch.float8_e4m3fn)
+    extra = {"small": torch.arange(4.0), "half": torch.ones(4).bfloat16(), "tiny": tiny, "wave": torch.ones(4) * 1j}
+    batch = batch_of(filled(sides), step=3, extra=extra)
     arrived, shared = sent(batch)
-    assert shared == 2  # the views, and bfloat16, which arrays do not have
+    assert shared == 3  # the views, and the two types that arrays do not have
     assert all(map(torch.equal, batch.views, arrived.views)) and len(arrived.views) == len(sides)
     for name in ("labels", "weights", "positions"):
         assert torch.equal(getattr(batch, name), getattr(arrived, name))
         assert getattr(batch, name).dtype == getattr(arrived, name).dtype
     assert arrived.keys == batch.keys and arrived.step == 3 and arrived.ids is None
-    assert all(torch.equal(batch.extra[name], arrived.extra[name]) for name in batch.extra)
+    assert all(batch.extra[name].tolist() == arrived.extra[name].tolist() for name in batch.extra)
     arrived.weights.add_(1)  # arrays that arrive can be written to
 
 
