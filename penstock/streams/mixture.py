@@ -222,7 +222,9 @@ class JoinedPart:
     def __init__(self, reader: JoinedReader, labels: str | None, seed: int, repeats: int):
         sets = reader.manifest.sets
         self.parts = [
-            Part(one, each.options.labels or labels, seed, repeats)
+            Part(one, own, seed, repeats, f"data.train.{each.name}.labels")
+            if (own := each.options.labels)
+            else Part(one, labels, seed, repeats)
             for one, each in zip(reader.readers, sets, strict=True)
         ]
         self.repeats, self.samples = repeats, sum(part.samples for part in self.parts)

@@ -31,9 +31,17 @@ class Part:
         labels: '10%' takes a share of every class, '4 per class' a number; None takes all. Which ones is a function of
             the seed and the samples' ids alone, so larger shares contain the smaller ones.
         repeats: times a sample is served in a row, each with its own augmentation (Hoffer et al. 2020).
+        asked: the recipe's key that holds `labels`.
     """
 
-    def __init__(self, reader: ShardReader, labels: str | None = None, seed: int = 0, repeats: int = 1):
+    def __init__(
+        self,
+        reader: ShardReader,
+        labels: str | None = None,
+        seed: int = 0,
+        repeats: int = 1,
+        asked: str = "data.labels",
+    ):
         manifest = reader.manifest
         self.root, self.repeats = manifest.root, repeats
         self.chosen: np.ndarray | None = None  # numbers within the set, increasing; None for all
@@ -43,14 +51,15 @@ class Part:
         if labels is not None:
             ids = [reader.column(shard, "id") for shard in range(len(self.sizes))]
             classes = [reader.column(shard, "label") for shard in range(len(self.sizes))]
-            self.chosen = chosen = _choose(np.concatenate(ids), np.concatenate(classes), labels, seed, str(self.root))
+            all_ids, all_labels = np.concatenate(ids), np.concatenate(classes)
+            self.chosen = chosen = _choose(all_ids, all_labels, labels, seed, asked, str(self.root))
             bounds = np.cumsum([0, *self.sizes])
             self._numbers = [
                 chosen[np.searchsorted(chosen, begin) : np.searchsorted(chosen, end)] - begin
                 for begin, end in pairwise(bounds.tolist())
             ]
             self.sizes = [len(numbers) for numbers in self._numbers]
-            self.samples, self.digest_of_ids = len(chosen), digest_of(np.concatenate(ids)[chosen])
+            self.samples, self.digest_of_ids = len(chosen), digest_of(all_ids[chosen])
 
     @property
     def round(self) -> int:
@@ -69,18 +78,16 @@ class Part:
         return np.array([self._numbers[s][n] for s, n in zip(shards.tolist(), samples.tolist(), strict=True)])
 
 
-def _choose(ids: np.ndarray, labels: np.ndarray, rule: str, seed: int, root: str) -> np.ndarray:
+def _choose(ids: np.ndarray, labels: np.ndarray, rule: str, seed: int, asked: str, root: str) -> np.ndarray:
     """Increasing numbers of the samples whose keyed hash is among the smallest of their class."""
     share, number = parse_labels(rule)
     if (labels < 0).any():
-        raise InputError(
-            f"data.labels: {int((labels < 0).sum())} samples of {root} have no label; pack it with classes"
-        )
+        raise InputError(f"{asked}: {int((labels < 0).sum())} samples of {root} have no label; pack it with classes")
     order = np.lexsort((splitmix64_array(ids ^ np.uint64(key(seed, LABELS_KEY))), labels))
     counts = np.bincount(labels)
     if (short := np.flatnonzero((counts > 0) & (counts < number))).size:
         raise InputError(
-            f"data.labels: {rule} of {root}, but class {short[0]} has {counts[short[0]]} samples; ask for less"
+            f"{asked}: {rule} of {root}, but class {short[0]} has {counts[short[0]]} samples; ask for less"
         )
     first = np.cumsum(counts) - counts
     take = np.minimum(counts, number) if number else np.ceil(counts * share - 1e-9).astype(np.int64)

@@ -328,6 +328,13 @@ def test_labels_pool_repeats_and_cache(folders, tmp_path):
     assert set(next(iter(chosen)).keys) == set(views)
 
 
+def test_a_share_that_cannot_be_is_told_by_the_key_that_asks_for_it(folders):
+    with pytest.raises(InputError, match=r"^data\.train\.small\.labels: 90 per class of .*small"):
+        stream(folders, sets={"big": {}, "small": {"labels": "90 per class"}})
+    with pytest.raises(InputError, match=r"^data\.labels: 90 per class of .*"):
+        stream(folders, sets={"big": {}, "small": {}}, labels="90 per class")
+
+
 def test_only_samples_with_labels_are_evaluated_by(folders, tmp_path):
     photos, web = named(tmp_path / "p", ["cat", "owl"]), named(tmp_path / "w", ["bee", "cat", "fog"])
     assert labelled(joined(photos={"set": photos})) is None
