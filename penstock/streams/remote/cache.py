@@ -85,7 +85,7 @@ class Cache:
             file.flush()
             os.fsync(file.fileno())
             found = os.fstat(file.fileno()).st_size  # once it has its name, it may leave at any time
-            if self._has_room(found - counted):
+            if self._has_room(found - counted, written=found - counted):
                 counted = found
                 draft = path.with_name(f"{path.name}.part")
                 if _is_at(file, draft):
@@ -97,9 +97,9 @@ class Cache:
         self._reserve(-counted)
         return False
 
-    def _has_room(self, size: int) -> bool:
+    def _has_room(self, size: int, written: int = 0) -> bool:
         """`_reserve`, and a warning where there is none."""
-        if self._reserve(size):
+        if self._reserve(size, written):
             return True
         self._warn(f"has no room for {size / 1e6:,.0f} MB within its {self.limit / 1e6:,.0f} MB")
         return False
@@ -138,14 +138,14 @@ class Cache:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def _reserve(self, size: int) -> bool:
-        """Count bytes as used, if there is room for them."""
+    def _reserve(self, size: int, written: int = 0) -> bool:
+        """Count bytes as used, if there is room for them; `written` of them are on the disk already."""
         if size > self.limit:
             return False
         with self._locked():
             used = self._used()
             if size > 0 and used + size > self.limit:
-                used = self._emptied(size)
+                used = self._emptied(size - written) - written
                 if used + size > self.limit:
                     return False
             self._note(max(0, used + size))
