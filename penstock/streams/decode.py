@@ -40,7 +40,7 @@ class DecodePlan(NamedTuple):
     """Which decoder takes an image, and how much of it is decoded."""
 
     decoder: str  # "simplejpeg" or "pillow"
-    reason: str  # for people
+    reason: str  # for people; the same words for images that are taken alike
     whole: Whole | None = None  # where fewer pixels are decoded than there are
     rows: int | None = None  # decoded from the top, in pixels of the whole; None is all
     header: Header | None = None  # where simplejpeg decodes
@@ -107,7 +107,7 @@ def decode_plan(data: bytes, need_of: NeedOf) -> DecodePlan:
     if ends is None or ends >= height:
         ends = None
     reason = f"{'turned by its Exif tag, ' if turned else ''}{f'1/{factor} of its size' if factor > 1 else 'full size'}"
-    reason += f", the upper {ends} of {height} rows" if ends else ", all rows"
+    reason += ", upper rows" if ends else ", all rows"
     whole = Whole(height, width, factor) if factor > 1 or ends else None
     return DecodePlan("simplejpeg", reason, whole, ends, header)
 

@@ -79,20 +79,24 @@ class Findings:
 
 def examine(address: str, size: int, seconds: float) -> Findings:
     """Serve a set's samples in training's own order, in this process, on one core. Raises InputError."""
-    Manifest.load(address)  # says what is wrong in words of its own
+    samples = Manifest.load(address).samples  # says what is wrong in words of its own
+    batch = min(BATCH, samples)
     config = Data.Config(train=address, workers=0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         augment = CropFlip(CropFlip.Config(size=size))
-        parts = {"batch": BATCH, "accumulation": 1, "rank": 0, "world": 1, "seed": 0, "clock": Clock(1, BATCH, BATCH)}
-        stream = TrainStream(config, augment, **parts)  # type: ignore[arg-type]
+        clock = Clock(1, batch, samples)
+        stream = TrainStream(config, augment, batch=batch, accumulation=1, rank=0, world=1, seed=0, clock=clock)
         found = Findings(stream.manifest.samples, len(stream.manifest.shards), size)
-        first = list(_within(stream.batches(0), seconds / 2))
-        _sum(found, first)
-        again = _within(islice(stream.batches(0), len(first)), seconds)
-        read = [(batch.timing[timing.READ], len(batch)) for batch in again]
-        found.again = sum(took for took, _ in read) / sum(count for _, count in read)
+        # Within one epoch no image comes twice: what is read is read as it was found.
+        first = _sums(_within(islice(stream.batches(0), samples // batch), seconds / 2), found.unreadable)
+        found.measured = int(first[timing.SAMPLES])
+        found.read, found.decode, found.augment, found.bytes = (
+            first[name] / found.measured for name in (timing.READ, timing.DECODE, timing.AUGMENT, timing.BYTES)
+        )
+        again = _sums(_within(islice(stream.batches(0), found.measured // batch), seconds), Counter())
+        found.again = again[timing.READ] / again[timing.SAMPLES]
         with generators_kept():
             _look_closely(found, stream, augment)
         return found
@@ -109,12 +113,13 @@ def _within(batches: Iterator[Batch], seconds: float) -> Iterator[Batch]:
             return
 
 
-def _sum(found: Findings, batches: list[Batch]) -> None:
-    found.measured = sum(len(batch) for batch in batches)
-    for name, key in (("read", timing.READ), ("decode", timing.DECODE), ("augment", timing.AUGMENT)):
-        setattr(found, name, sum(batch.timing[key] for batch in batches) / found.measured)
-    found.bytes = sum(batch.timing[timing.BYTES] for batch in batches) / found.measured
-    found.unreadable = Counter(fault["kind"] for batch in batches for fault in batch.faults)
+def _sums(batches: Iterator[Batch], unreadable: Counter[str]) -> dict[str, float]:
+    """What all batches together took; they are let go of one by one. Counts kinds of faults."""
+    sums: dict[str, float] = {}
+    for batch in batches:
+        sums = {name: value + sums.get(name, 0.0) for name, value in batch.timing.items()}
+        unreadable.update(fault["kind"] for fault in batch.faults)
+    return sums
 
 
 def _look_closely(found: Findings, stream: TrainStream, augment: CropFlip) -> None:
@@ -131,8 +136,7 @@ def _look_closely(found: Findings, stream: TrainStream, augment: CropFlip) -> No
             continue
         images.append(data)
         found.kinds[image_format(data) or "other"] += 1
-        scale = f", 1/{plan.whole.factor} of its size" if plan.whole and plan.whole.factor > 1 else ""
-        found.plans[f"{plan.decoder}{scale}{', upper rows' if plan.rows else ''}"] += 1
+        found.plans[f"{plan.decoder} ({plan.reason})"] += 1
         sides = sorted(image_size(data))
         found.sides.append((sides[0], sides[1]))
     short_side = round(found.size * 512 / 224 / 16) * 16

@@ -1,6 +1,7 @@
 """`penstock shards doctor`: what it counts is right, and its advice follows from what it measured."""
 
 import io
+import weakref
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 
 from penstock.cli import main
 from penstock.errors import DONE, INPUT_WRONG
+from penstock.streams import doctor
 from penstock.streams.doctor import Findings, examine, report
 from penstock.streams.reader import ShardReader
 from tests.shards import damage, png, write_set
@@ -27,9 +29,11 @@ def test_counts_what_is_there(tmp_path):
     damage(manifest, 4)
     found = examine(str(tmp_path), 32, 0.1)
     assert (found.samples, found.shards) == (12, 1)
-    assert found.measured % 32 == 0
+    assert found.measured == 12
     assert found.kinds == {"jpg": 7, "png": 4}  # the damaged one is none that is known
-    assert set(found.unreadable) == {"changed"}
+    assert found.unreadable == {"changed": 1}
+    assert set(found.plans) == {"pillow (not a JPEG: whole)", *(plan for plan in found.plans if "simplejpeg" in plan)}
+    assert sum(count for plan, count in found.plans.items() if plan.startswith("simplejpeg (1/")) == 7
     assert sorted(found.sides) == [(60, 90)] * 4 + [(480, 640)] * 7
     sizes = [record["size"] for record in np.load(tmp_path / manifest.shards[0].index)]
     assert min(sizes) < found.bytes < max(sizes)
@@ -41,6 +45,23 @@ def test_counts_what_is_there(tmp_path):
     assert "cannot be read (changed 100%)" in said
     reader = ShardReader(manifest)
     assert reader.read(0, 3)[0] == small  # nothing was changed
+
+
+def test_no_image_is_measured_twice_and_no_pixels_are_kept(tmp_path, monkeypatch):
+    write_set(tmp_path, [70])
+    served: list[weakref.ref] = []
+    kept: list[int] = []
+
+    def within(batches, seconds):
+        for batch in batches:
+            served.append(weakref.ref(batch))
+            kept.append(sum(each() is not None for each in served))
+            yield batch
+
+    monkeypatch.setattr(doctor, "_within", within)
+    assert examine(str(tmp_path), 16, 30).measured == 64  # two batches, twice
+    assert len(served) == 4
+    assert max(kept) <= 2
 
 
 def test_small_images_are_not_packed_anew(tmp_path):
