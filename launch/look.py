@@ -127,8 +127,9 @@ def show_logs(args: argparse.Namespace, rest: list[str]) -> int:
 
 def newest_log(folder: Path, pattern: str) -> Path:
     found = sorted((folder / "logs").glob(pattern), key=lambda path: path.stat().st_mtime)
-    if not found:
+    if not found:  # a series' or a pipeline's own runs, and one of them
         found = sorted((folder / "logs").glob("*.log"), key=lambda path: path.stat().st_mtime)
+        found += [path for path in [folder.parent / "logs" / f"{folder.name}.log"] if path.is_file()]
     if not found:
         jobs = states_of([folder])
         waits = "; " + ", ".join(f"job {job} is {state.lower()}" for job, state in jobs.items()) if jobs else ""

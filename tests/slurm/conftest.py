@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
     if why := missing():
         pytest.skip(why)
-    with Cluster(tmp_path_factory.mktemp("slurm") / "cluster", nodes=3) as started:
+    with Cluster(tmp_path_factory.mktemp("slurm") / "cluster", nodes=4) as started:
         yield started
 
 

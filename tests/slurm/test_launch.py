@@ -56,7 +56,7 @@ def words_of(folder: Path) -> str:
 def test_a_job_runs_what_was_sent_and_knows_its_mlflow_run(cluster, recipes, tmp_path):
     run, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
     recipe.write_text((recipes / "pretrain.yaml").read_text())
-    words = ("slurm", "pretrain", str(recipe), f"out={tmp_path}", *ONE_NODE, "--nodes=2")
+    words = ("slurm", "pretrain", str(recipe), f"out={tmp_path}", *ONE_NODE, "--nodes=4")
     sent = launch(cluster, *words, "--sbatch=--hold")
     assert sent.returncode == 0, sent.stderr
     recipe.write_text("changed: meanwhile")
@@ -72,7 +72,7 @@ def test_a_job_runs_what_was_sent_and_knows_its_mlflow_run(cluster, recipes, tmp
     assert cluster.wait(job, "COMPLETED", "FAILED") == "COMPLETED", words_of(run)
     assert marker.exists(), "the job ran other code than the frozen"
     tags = read_run(run).tags
-    assert (tags["slurm.job_id"], tags["slurm.job_name"], tags["world_size"]) == (job, "run", "2")
+    assert (tags["slurm.job_id"], tags["slurm.job_name"], tags["world_size"]) == (job, "run", "4")
     mlflow = json.loads((run / "run.json").read_text())["run_id"]
     assert f"MLflow {mlflow}" in cluster.say("scontrol", "show", "job", job)
     assert "100%" in launch(cluster, "status", str(run)).stdout

@@ -94,7 +94,7 @@ def test_a_task_of_an_array_goes_back_alone(cluster, fake):
 def test_a_preemption_long_ago_does_not_bring_back_a_run_that_a_person_stopped(cluster, fake):
     job = fake.submit("--nodes=1")
     until(lambda: fake.starts == 1, 30, "the job to start")
-    urgent = cluster.sbatch("--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=true")
+    urgent = cluster.sbatch("--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=true")
     cluster.wait(urgent, "COMPLETED")
     until(lambda: fake.starts == 2, 30, "the job to start again")
     fake.end("75")

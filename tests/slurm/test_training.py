@@ -42,7 +42,7 @@ def test_time_limit_twice_and_done_on_the_third_start(cluster, recipe, unbroken,
 def test_preempted_then_requeued_by_hand_then_a_node_dies(cluster, recipe, unbroken, tmp_path):
     job = Job(cluster, tmp_path / "job", recipe, overrides=("tracking.enabled=true",)).submit(SLOW)
     job.reach(3)
-    urgent = cluster.sbatch("--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    urgent = cluster.sbatch("--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     cluster.wait(urgent, "COMPLETED")
     assert "Terminated" not in job.words.read_text().partition("back into the queue")[0], "srun cut the saving short"
 

@@ -262,6 +262,9 @@ def test_the_newest_log_of_a_rank(tmp_path):
         (tmp_path / "logs/7" / start).mkdir(parents=True)
         (tmp_path / "logs/7" / start / "rank-0.log").write_text(start)
     assert look.newest_log(tmp_path, "*/*/rank-0.log").read_text() == "1"
+    (tmp_path / "line/logs").mkdir(parents=True)
+    (tmp_path / "line/logs/first.log").write_text("words")
+    assert look.newest_log(tmp_path / "line/first", "*/*/rank-0.log").read_text() == "words"
 
 
 def test_a_launchers_stop_file_stops_every_rank_and_stays(tmp_path, monkeypatch):
