@@ -312,7 +312,7 @@ def _refuse_twins(storage: Storage, parts: list[Indexed]) -> None:
         places = []
         for part in parts:
             if (part.ids == twin).any():
-                records = load_records(storage.local(part.shard.index, part.shard.index_sha256))
+                records = storage.local(part.shard.index, part.shard.index_sha256, load_records)
                 places.append(f"{records['key'][records['id'] == twin][0].decode()} in {part.shard.name}")
         raise InputError(
             f"{storage.shown}: {int((counts > 1).sum())} keys name more than one sample, such as {', '.join(places)}; "

@@ -8,6 +8,8 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -47,7 +49,7 @@ class _Open:
         """The run of bytes that a place is fetched with; None for local files."""
         if self.begins is None:
             return None
-        number = int(np.searchsorted(self.begins, offset, side="right"))
+        number = min(int(np.searchsorted(self.begins, offset, side="right")), len(self.begins) - 1)
         return int(self.begins[number - 1]), int(self.begins[number])
 
 
@@ -173,14 +175,7 @@ class ShardReader:
         shard = self.manifest.shards[number]
         storage, path = self.manifest.storage, f"{self.manifest.root}/{shard.index}"
         try:
-            local = storage.local(shard.index, shard.index_sha256)
-            if number not in self._checked:
-                if hashlib.sha256(local.read_bytes()).hexdigest() != shard.index_sha256:
-                    raise ValueError("it is not the index the manifest describes")
-                self._checked.add(number)
-            index = np.load(local, mmap_mode="r", allow_pickle=False)
-            if not is_index(index, shard.bytes) or len(index) != shard.samples:
-                raise ValueError("it is not the index the manifest describes")
+            index = storage.local(shard.index, shard.index_sha256, partial(self._index, number))
             begins = _begins(index, shard, self.block) if storage.fetches else None
             return _Open(storage.open(shard.name, shard.bytes, shard.sha256), index, begins)
         except InputError:
@@ -192,6 +187,18 @@ class ShardReader:
                     "starts this command, with `ulimit -n 4096`, or ask who runs the machine to"
                 ) from error
             raise InputError(f"{path} or its shard cannot be used: {error}{REMEDY}") from error
+
+    def _index(self, number: int, local: Path) -> np.ndarray:
+        """The index in a file; its checksum is computed once."""
+        shard = self.manifest.shards[number]
+        if number not in self._checked:
+            if hashlib.sha256(local.read_bytes()).hexdigest() != shard.index_sha256:
+                raise ValueError("it is not the index the manifest describes")
+            self._checked.add(number)
+        index = np.load(local, mmap_mode="r", allow_pickle=False)
+        if not is_index(index, shard.bytes) or len(index) != shard.samples:
+            raise ValueError("it is not the index the manifest describes")
+        return index
 
 
 def _begins(index: np.ndarray, shard: Shard, block: int) -> np.ndarray:

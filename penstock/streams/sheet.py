@@ -50,7 +50,7 @@ def _chosen(manifest: Manifest, count: int) -> list[tuple[int, str, bytes]]:
         first += shard.samples
         if not mine:
             continue
-        records = load_records(manifest.storage.local(shard.index, shard.index_sha256))
+        records = manifest.storage.local(shard.index, shard.index_sha256, load_records)
         for record in records[mine]:
             data = manifest.storage.read(shard.name, int(record["offset"]), int(record["size"]))
             found.append((int(record["label"]), record["key"].decode(), data))

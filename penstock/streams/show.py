@@ -15,7 +15,7 @@ MOST_CLASSES = 40  # rows of the table of classes
 def print_summary(manifest: Manifest) -> None:
     """Counts, sizes and classes on standard output."""
     console = Console(markup=False, highlight=False)
-    parts = [load_records(manifest.storage.local(shard.index, shard.index_sha256)) for shard in manifest.shards]
+    parts = [manifest.storage.local(shard.index, shard.index_sha256, load_records) for shard in manifest.shards]
     sizes = {name: np.concatenate([part[name] for part in parts]) for name in ("width", "height", "size")}
     table = Table(show_header=False, title=str(manifest.root))
     table.add_column()

@@ -7,16 +7,18 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, TypeVar
 
 from pydantic import BeforeValidator
 
 from penstock.errors import InputError, nearest
 from penstock.streams.atomic import replacing
 from penstock.streams.remote.address import FORMS, SCHEMES, place, redacted
+
+T = TypeVar("T")
 
 
 class Fault(Exception):
@@ -71,8 +73,9 @@ class Storage(Protocol):
     def open(self, name: str, size: int, sha256: str) -> File:
         """A file whose size and checksum the manifest gives. Raises OSError or InputError when it is not there."""
 
-    def local(self, name: str, sha256: str) -> Path:
-        """A file on this machine with the whole content, which may be a copy. Raises OSError or InputError."""
+    def local(self, name: str, sha256: str, use: Callable[[Path], T]) -> T:
+        """What `use` makes of a file on this machine with the whole content, which may be a copy that leaves at any
+        time; then it is called again. Raises OSError, Fault or InputError, and what `use` raises."""
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """Exactly `size` bytes. Raises OSError or Fault."""
@@ -170,8 +173,8 @@ class LocalStorage:
     def open(self, name: str, size: int, sha256: str) -> "LocalFile":
         return LocalFile(os.open(self.folder / name, os.O_RDONLY))
 
-    def local(self, name: str, sha256: str) -> Path:
-        return self.folder / name
+    def local(self, name: str, sha256: str, use: Callable[[Path], T]) -> T:
+        return use(self.folder / name)
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         file = self.open(name, 0, "")

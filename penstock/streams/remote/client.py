@@ -1,16 +1,16 @@
 """A set in an object store, as readers see it: a `Storage` whose bytes come from the fetcher and its cache."""
 
 import contextlib
-import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from penstock.errors import InputError
+from penstock.streams.manifest import safe_name
 from penstock.streams.remote.address import place, redacted
 from penstock.streams.remote.cache import key_of, path_of
 from penstock.streams.remote.link import Link
@@ -22,6 +22,7 @@ TOUCHED = 10.0  # seconds that a file in the cache counts as used just now
 TRIES = 3  # times that a file may leave the cache between its arrival and its use
 SAMPLES = ("whole", "block", "range")  # what is asked for samples, of which some may be lost
 FAULTS = {"Missing": "missing", "Changed": "changed", "Failed": "unreachable"}
+T = TypeVar("T")
 
 
 class RemoteStorage:
@@ -56,19 +57,32 @@ class RemoteStorage:
     def open(self, name: str, size: int, sha256: str) -> "RemoteFile":
         return RemoteFile(self, name, size, sha256)
 
-    def local(self, name: str, sha256: str) -> Path:
+    def local(self, name: str, sha256: str, use: Callable[[Path], T]) -> T:
         path = path_of(self.folder, key_of(self.address, name, sha256, 0, None))
-        if path.is_file():
-            if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
-                os.utime(path)
-                return path
-            path.unlink(missing_ok=True)
+        for _ in range(TRIES):
+            cached = path.is_file()
+            if not cached:
+                self._arrive(name, sha256)
+            try:
+                with contextlib.suppress(OSError):  # another user's file
+                    os.utime(path)
+                return use(path)
+            except (FileNotFoundError, EOFError, ValueError, InputError):
+                if path.is_file() and not cached:
+                    raise
+                path.unlink(missing_ok=True)  # it left meanwhile, or is damaged
+        raise InputError(
+            f"{self.shown}/{name} leaves the cache {self.folder} before it can be used; set a larger "
+            "data.remote.cache_bytes"
+        )
+
+    def _arrive(self, name: str, sha256: str) -> None:
+        """Have the cache fetch a whole file."""
         found = self.ask("whole", name=name, size=None, sha256=sha256)[0]["path"]
         if found is None:
             raise InputError(
                 f"{self.shown}/{name}: the cache {self.folder} has no room for it; set data.remote.cache_dir"
             )
-        return Path(found)
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         known = self.sizes([name])[0]
@@ -100,6 +114,8 @@ class RemoteStorage:
     def copies(self, names: Iterable[str]) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="penstock-copies-") as folder:
             for name in names:
+                if not safe_name(name):
+                    raise InputError(f"{self.shown}: {name!r} lies outside the set; it is not fetched")
                 path = Path(folder, name)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with contextlib.suppress(FileNotFoundError):
@@ -137,7 +153,7 @@ class RemoteStorage:
         error = answer.get("error")
         if error == "Missing" and do in ("content", "whole", "copy"):
             raise FileNotFoundError(answer["message"])
-        if error == "NoRanges":
+        if error == "NoRanges" and do in ("block", "range"):
             self.whole = True
             raise _NoRanges
         if error in FAULTS and do in SAMPLES:
@@ -255,7 +271,7 @@ class RemoteFile:
         except FileNotFoundError as error:
             raise Fault(str(error), "missing") from None
         except Fault as fault:
-            if fault.kind != "changed" or "SHA-256" not in str(fault):
+            if fault.kind != "changed" or not str(fault).endswith("(SHA-256)"):
                 raise
             self._loose = True  # each sample is judged by its own checksum, as it is on a local disk
             return True

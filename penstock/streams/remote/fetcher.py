@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +20,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from penstock.errors import InputError
+from penstock.streams.atomic import temporary
 from penstock.streams.remote.address import redacted
-from penstock.streams.remote.cache import Cache, key_of
+from penstock.streams.remote.cache import FULL, Cache, key_of
 from penstock.streams.remote.store import Changed, Failed, Missing, NoRanges, Store, Unusable
 
 AT_ONCE = 16  # files that are fetched ahead at the same time
@@ -82,16 +84,24 @@ class Fetcher:
 
     def do_copy(self, address: str, name: str, path: str) -> Answer:
         """Write a whole object, as it is, to a path beside the cache."""
+        draft = temporary(Path(path))
         try:
-            with Path(path).open("wb") as file:
+            with draft.open("xb") as file:
                 file.truncate(self.store(address).download(name, file))
-        except BaseException:
-            Path(path).unlink(missing_ok=True)
-            raise
+            draft.replace(path)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise InputError(
+                f"{tempfile.gettempdir()} is full ({error.strerror}); set TMPDIR to a folder on a larger disk, or use "
+                "fewer --workers"
+            ) from None
+        finally:
+            draft.unlink(missing_ok=True)
         return {}, None
 
     def do_range(self, address: str, name: str, begin: int, end: int, size: int) -> Answer:
-        """Bytes that are not kept. From a server without ranges the whole file is kept, if it can be."""
+        """Bytes that are not kept. Raises NoRanges."""
         return {}, self.store(address).range(name, begin, end, size)
 
     def do_whole(self, address: str, name: str, size: int | None, sha256: str) -> Answer:

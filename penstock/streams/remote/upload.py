@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from penstock.errors import InputError
-from penstock.streams.index import Indexed, load_records
+from penstock.streams.index import Indexed, index_name, load_records
 from penstock.streams.manifest import MANIFEST, Manifest, Shard
 from penstock.streams.storage import Fault, Storage
 
@@ -54,7 +54,10 @@ def finished(storage: Storage, name: str, keys: list[str]) -> Indexed | None:
 
 def _noted(storage: Storage, name: str) -> Shard:
     try:
-        return Shard(**json.loads(storage.content(note_name(name))))
+        shard = Shard(**json.loads(storage.content(note_name(name))))
+        if shard.index != index_name(name):
+            raise ValueError(f"the note of {name} has the index {shard.index!r}")
+        return shard
     except FileNotFoundError:
         if storage.sizes([MANIFEST]) == [None]:
             raise
