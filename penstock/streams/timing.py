@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 READ, DECODE, AUGMENT = "read_seconds", "decode_seconds", "augment_seconds"
 SAMPLES, BYTES = "samples", "bytes"  # samples made ready; bytes of encoded images read
-RETRIES, CACHE_HITS, CACHE_MISSES = "retries", "cache_hits", "cache_misses"  # of addresses beyond this machine
-NAMES = (SAMPLES, READ, DECODE, AUGMENT, BYTES, RETRIES, CACHE_HITS, CACHE_MISSES)
+RETRIES, FETCHED = "retries", "fetched_bytes"  # of addresses beyond this machine, as are the next
+CACHE_HITS, CACHE_MISSES = "cache_hits", "cache_misses"  # units (shards or blocks) that were there, or were fetched
+NAMES = (SAMPLES, READ, DECODE, AUGMENT, BYTES, RETRIES, FETCHED, CACHE_HITS, CACHE_MISSES)
 
 
 def since(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
@@ -30,4 +31,6 @@ def per_sample(sums: Mapping[str, float], seconds: float) -> dict[str, float]:
     }
     if asked := sums[CACHE_HITS] + sums[CACHE_MISSES]:
         found["cache_hits"] = sums[CACHE_HITS] / asked
+    if asked or sums[FETCHED]:
+        found["fetched_mb_per_second"] = sums[FETCHED] / 1e6 / seconds
     return found

@@ -12,7 +12,8 @@ Metric names, in every stage, over optimizer steps:
     train/loss, train/lr, train/grad_norm, train/*   means since the last report
     perf/images_per_second, perf/data_wait (share of the time, mean over ranks), perf/memory_gb
     perf/read_ms, perf/decode_ms, perf/augment_ms    a worker's time for an image
-    perf/read_mb_per_second, perf/retries, perf/cache_hits (share of the look-ups), over all ranks
+    perf/read_mb_per_second, perf/retries            over all ranks, as are the next
+    perf/cache_hits, perf/fetched_mb_per_second      share of the shards or blocks that were there; over the network
     data/unreadable, data/unreadable_KIND            samples of weight 0 in this attempt, in all and by what was wrong
     eval/knn_top1, eval/linear_top1, eval/*          measured during the run
     health/std, health/effective_rank, health/*      feature health; health/nonfinite counts values that were not finite

@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from penstock.streams.remote.options import Remote, parse_bytes
 from penstock.streams.storage import LocalStorage, is_remote, open_storage
 from tests.remote import KEY, SECRET, Wire, end_fetchers, environment, put, s3, upload
 from tests.shards import damage, write_set
+from tests.unit.test_train_stream import stream
 
 SIZES = [30, 17]
 
@@ -174,11 +177,30 @@ def test_a_store_gives_what_the_folder_gives(bucket, folder, mode):
     bucket.log.clear()
     assert everything(remote) == everything(local)
     assert bucket.log == []  # all from the cache
-    assert remote.storage.counters["cache_hits"] >= sum(SIZES)
+    units = sum(-(-size // 8) for size in SIZES) if mode == "ranges" else len(SIZES)
+    counters = remote.storage.counters
+    assert (counters["cache_hits"], counters["cache_misses"]) == (units, units)
     reader = ShardReader(remote)
     for shard in range(len(SIZES)):
         for name in ("id", "label", "offset"):
             assert np.array_equal(reader.column(shard, name), ShardReader(local).column(shard, name))
+
+
+@pytest.mark.parametrize("mode", ["shards", "ranges"])
+def test_a_cold_cache_has_no_hits_though_all_is_asked_for_ahead(bucket, folder, mode):
+    upload(bucket, folder, "bucket", f"cold-{mode}")
+    for warm in (False, True):
+        remote = {"mode": mode, "retries": 3, "timeout": 2.0}
+        read = stream(f"s3://bucket/cold-{mode}", batch=8, remote=remote, block=8)  # type: ignore[arg-type]
+        counts: Counter[str] = Counter()
+        for batch in islice(read.batches(0), sum(SIZES) // 8 + 1):
+            counts.update(batch.timing)
+        units = sum(-(-size // 8) for size in SIZES) if mode == "ranges" else len(SIZES)
+        assert (counts["cache_hits"], counts["cache_misses"]) == ((units, 0) if warm else (0, units))
+        shards = sum(shard.bytes for shard in Manifest.load(folder).shards)
+        indices = sum((folder / shard.index).stat().st_size for shard in Manifest.load(folder).shards)
+        assert counts["fetched_bytes"] == (0 if warm else shards + indices)
+        end_fetchers()
 
 
 def test_blocks_are_fetched_whole_and_once(bucket, folder):

@@ -36,7 +36,7 @@ def test_meters_give_means_per_image_and_start_anew(tmp_path):
     write_set(tmp_path, [12])
     (batch,) = islice(stream(tmp_path, batch=12).batches(0), 1)
     taken = dict.fromkeys(NAMES, 0.0) | {"samples": 12, "read_seconds": 0.024, "bytes": 5e6, "retries": 3}
-    taken |= {"cache_hits": 3, "cache_misses": 1}
+    taken |= {"cache_hits": 3, "cache_misses": 1, "fetched_bytes": 2.5e6}
     batch.timing.clear()
     batch.timing.update(taken)
     meters = Meters()
@@ -47,7 +47,7 @@ def test_meters_give_means_per_image_and_start_anew(tmp_path):
     _, speed = meters.report()
     assert np.isclose(speed["perf/read_ms"], 2.0)
     assert (speed["perf/retries"], speed["perf/cache_hits"]) == (6, 0.75)
-    assert speed["perf/read_mb_per_second"] > 0
+    assert np.isclose(speed["perf/read_mb_per_second"], 2 * speed["perf/fetched_mb_per_second"])
     meters.step(True, 12, waited=0.0)
     assert "perf/read_ms" not in meters.report()[1]
 

@@ -4,7 +4,7 @@ import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,9 +16,10 @@ from penstock.streams.remote.cache import key_of, path_of
 from penstock.streams.remote.link import Link
 from penstock.streams.remote.options import Remote
 from penstock.streams.storage import Fault, exactly
-from penstock.streams.timing import CACHE_HITS, CACHE_MISSES, RETRIES
+from penstock.streams.timing import CACHE_HITS, CACHE_MISSES, FETCHED, RETRIES
 
 TOUCHED = 10.0  # seconds that a file in the cache counts as used just now
+ANEW = 60.0  # seconds without a look at a unit after which the next one counts anew
 TRIES = 3  # times that a file may leave the cache between its arrival and its use
 SAMPLES = ("whole", "block", "range")  # what is asked for samples, of which some may be lost
 FAULTS = {"Missing": "missing", "Changed": "changed", "Failed": "unreachable"}
@@ -35,8 +36,8 @@ class RemoteStorage:
         self.place = place(address)
         self.address, self.remote = address.rstrip("/"), remote or Remote()
         self.key = f"{self.address} {self.remote.model_dump_json()}"
-        self.counters: dict[str, float] = {RETRIES: 0.0, CACHE_HITS: 0.0, CACHE_MISSES: 0.0}
-        self._retried = 0  # told to us since the last read, to which they are counted
+        self.counters: dict[str, float] = dict.fromkeys((RETRIES, FETCHED, CACHE_HITS, CACHE_MISSES), 0.0)
+        self._uncounted = dict(self.counters)  # since the last read, to which it is counted
         self.folder = self.remote.folder
         self.whole = self.remote.mode != "ranges"
         self._link = Link.to(self.remote)
@@ -135,7 +136,17 @@ class RemoteStorage:
         """Begin to fetch what will be asked for."""
         if requests:
             wanted = [each | {"address": self.address} for each in requests]
-            self._retried += self._link.ask({"do": "ahead", "requests": wanted})[0]["retries"]
+            self.count(self._link.ask({"do": "ahead", "requests": wanted})[0]["counts"])
+
+    def count(self, counts: Mapping[str, float]) -> None:
+        """Note what happened, for the next read."""
+        for name, count in counts.items():
+            self._uncounted[name] += count
+
+    def close_counts(self) -> None:
+        for name, count in self._uncounted.items():
+            self.counters[name] += count
+            self._uncounted[name] -= count
 
     def whole_request(self, name: str, sha256: str) -> dict[str, Any]:
         return {"do": "whole", "name": name, "size": None, "sha256": sha256}
@@ -149,7 +160,7 @@ class RemoteStorage:
             InputError: the store cannot be used.
         """
         answer, data = self._link.ask({"do": do, "address": self.address, **values}, payload)
-        self._retried += answer["retries"]
+        self.count(answer["counts"])
         error = answer.get("error")
         if error == "Missing" and do in ("content", "whole", "copy"):
             raise FileNotFoundError(answer["message"])
@@ -177,26 +188,26 @@ class RemoteFile:
         self._dropped: set[tuple[int, int]] = set()
         self._paths: dict[tuple[int, int], Path] = {}
         self._touched: dict[int, float] = {}  # when the cache was told of a use, by where the unit begins
+        self._sought: dict[tuple[int, int], float] = {}  # when a unit was last looked for
         self._loose = False  # its content as a whole is not what the manifest says; its samples may still be
 
     def read(self, offset: int, size: int, around: tuple[int, int] | None = None) -> bytes:
         try:
             return self._read(offset, size, around)
         finally:
-            self._storage.counters[RETRIES] += self._storage._retried
-            self._storage._retried = 0
+            self._storage.close_counts()
 
     def _read(self, offset: int, size: int, around: tuple[int, int] | None) -> bytes:
         storage, (begin, end) = self._storage, self._unit(offset, size, around)
         for number in range(TRIES):
             data = self._cached(begin, end, offset, size)
+            if number == 0:
+                self._count(begin, end, data is not None)
             if data is not None:
-                storage.counters[CACHE_MISSES if number else CACHE_HITS] += 1
                 return data
             if not self._fetched(begin, end):
                 break
             begin, end = self._unit(offset, size, around)
-        storage.counters[CACHE_MISSES] += 1
         try:
             return storage.range(self._name, offset, offset + size, self._size)
         except _NoRanges:
@@ -208,9 +219,9 @@ class RemoteFile:
     def request(self, offset: int, size: int, around: tuple[int, int] | None) -> dict[str, Any] | None:
         """What to ask for ahead of such a read; nothing where the cache has it."""
         begin, end = self._unit(offset, size, around)
-        if self._path(begin, end).is_file():
-            return None
-        return self._wanted(begin, end)
+        known = self._path(begin, end).is_file()
+        self._count(begin, end, known)
+        return None if known else self._wanted(begin, end)
 
     def drop(self, offset: int, size: int, around: tuple[int, int] | None = None) -> bool:
         """Forget the cached bytes of a read that turned out wrong. False if that was done before: they came so."""
@@ -231,6 +242,13 @@ class RemoteFile:
         if around is not None and around[0] <= offset and offset + size <= around[1]:
             return around
         return offset, offset + size
+
+    def _count(self, begin: int, end: int, known: bool) -> None:
+        """A unit counts as found or fetched by the first who looks for it, until nobody did for some time."""
+        now = time.monotonic()
+        if now > self._sought.get((begin, end), -ANEW) + ANEW:
+            self._storage.count({CACHE_HITS if known else CACHE_MISSES: 1})
+        self._sought[begin, end] = now
 
     def _wanted(self, begin: int, end: int) -> dict[str, Any]:
         known = {"name": self._name, "size": self._size, "sha256": self._sha256}

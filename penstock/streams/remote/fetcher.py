@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, Listener
@@ -38,7 +39,7 @@ class Fetcher:
         self.ahead = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="ahead")
         self._stores: dict[str, Store] = {}
         self._lock = threading.Lock()
-        self._reported = 0
+        self._reported: Counter[str] = Counter()
 
     def store(self, address: str) -> Store:
         with self._lock:
@@ -61,8 +62,9 @@ class Fetcher:
                 None,
             )
         with self._lock:  # what was fetched ahead is reported with the next answer
-            retried = sum(store.retried for store in self._stores.values())
-            answer["retries"], self._reported = retried - self._reported, retried
+            stores = self._stores.values()
+            now = Counter(retries=sum(s.retried for s in stores), fetched_bytes=sum(s.fetched for s in stores))
+            answer["counts"], self._reported = {name: now[name] - self._reported[name] for name in now}, now
         return answer, data
 
     def do_content(self, address: str, name: str) -> Answer:

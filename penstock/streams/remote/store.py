@@ -63,7 +63,7 @@ class Store:
     def __init__(self, address: str, retries: int, timeout: float):
         self.place = place(address)
         self.address, self.retries = address, retries
-        self.retried = 0  # times that a request was sent again
+        self.retried, self.fetched = 0, 0  # times that a request was sent again; bytes of objects that came
         try:
             self._client = _open(self.place, timeout)
         except Exception as error:
@@ -99,6 +99,7 @@ class Store:
         def once() -> bytes:
             options: dict[str, Any] = {"range": (begin, end)}
             data = bytes(self._answer(name, options, size).bytes())
+            self._came(len(data))
             if len(data) != end - begin:
                 raise OSError(f"{len(data):,} of {end - begin:,} bytes came")
             return data
@@ -133,6 +134,7 @@ class Store:
                 file.write(chunk)
                 digest.update(chunk)
                 received += len(chunk)
+                self._came(len(chunk))
             if received != answer.meta["size"]:
                 raise OSError(f"{received:,} of {answer.meta['size']:,} bytes came")
 
@@ -150,6 +152,10 @@ class Store:
     def remove(self, name: str) -> None:
         with contextlib.suppress(Missing):
             self._tried(name, lambda: self._client.delete(name))
+
+    def _came(self, count: int) -> None:
+        with self._lock:
+            self.fetched += count
 
     def _answer(self, name: str, options: dict[str, Any], size: int | None) -> Any:
         """The beginning of an answer, for an object of that size and of the version that was seen first.
