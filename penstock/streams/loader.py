@@ -229,7 +229,18 @@ def open_loader(
     iterator = iter(loader)
     # A process that ends stops its children with SIGTERM and waits for them; before that, let them obey it.
     Finalize(iterator, leaving.__setitem__, args=(0, 1), exitpriority=100)
-    return iterator
+    return _served(iterator) if workers else iterator
+
+
+def _served(iterator: Iterator[Batch]) -> Iterator[Batch]:
+    """An error of a worker without the frames here: torch's hold it, and so the iterator until a garbage collection.
+
+    That would end the queues before the iterator stops its workers by them, which takes 5 s (MP_STATUS_CHECK_INTERVAL).
+    """
+    try:
+        yield from iterator
+    except Exception as error:
+        raise error.with_traceback(None) from None
 
 
 def _try_out(augment: Augment, micro: Micro | None, channels: int) -> None:
