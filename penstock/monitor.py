@@ -18,6 +18,7 @@ from penstock.streams.data import Data
 from penstock.streams.evaluation import EvalStream
 from penstock.streams.images import Images
 from penstock.streams.manifest import Manifest
+from penstock.streams.stages import After
 from penstock.tracking import Tracker
 
 LESS_IS_BETTER = {"loss", "nll", "ece", "brier", "error"}  # words of a metric's name
@@ -144,13 +145,17 @@ def eval_stream(
     device_type: str,
     numbers: np.ndarray | None = None,
 ) -> EvalStream:
-    """A set as it is measured: each image once, its short side resized, the centre cut out."""
+    """A set as it is measured: each image once, its short side resized, the centre cut out.
+
+    Stages and other members come as in training; a set that has none of these members gives None.
+    """
     height, width = (config.size, config.size) if config.size else size
     if height != width:
         raise InputError(f"images are squares here, but backbone.size is {height} x {width}; give one number")
     augment = ResizeCrop(ResizeCrop.Config(size=float(height), crop_pct=config.crop_pct))
+    images = Images(manifest, data.config.channels, data.config.cache)
     return EvalStream(
-        Images(manifest, data.config.channels, data.config.cache),
+        images,
         augment,
         batch=config.batch,
         rank=distributed.rank(),
@@ -159,4 +164,5 @@ def eval_stream(
         limit=config.limit,
         device_type=device_type,
         numbers=numbers,
+        after=After.of(images, augment, data.config.extra, data.config.stages, seed=0),
     )

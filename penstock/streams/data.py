@@ -41,7 +41,9 @@ class Data:
             {}, description="members handed over beside the views, suffix by name: {caption: txt, boxes: json}"
         )
         stages: list[str] = Field(
-            [], description="own functions, package.module:name, from an iterator of samples to one; run in the workers"
+            [],
+            description="own functions, package.module:name, from an iterator of samples to one; run in the workers, "
+            "for evaluations during a run, too",
         )
         max_bad: float = Field(0.001, ge=0, le=1, description="share of unreadable samples above which a run stops")
         ledger: bool = Field(False, description="record every sample consumed in the run folder")

@@ -13,29 +13,33 @@ import sys
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from penstock.errors import InputError
 from penstock.keyed import seed_sample
 from penstock.streams.batch import Batch
-from penstock.streams.extras import Extras, check_present
+from penstock.streams.extras import Extras
 from penstock.streams.faults import DROPPED
+from penstock.streams.kinds import Kinds
 from penstock.streams.reader import Fault
 from penstock.streams.timing import AUGMENT, READ, since
 
 if TYPE_CHECKING:
+    from penstock.augment import Augment
     from penstock.streams.images import Images
     from penstock.streams.loader import Micro
 
-Shape = tuple[torch.Size, torch.dtype]
 Stage = Callable[[Iterator[dict[str, Any]]], Iterable[dict[str, Any]]]
 DROP = "__drop__"
+TRIED = 1024  # samples of a set, spread over it, of which one must come through the stages
 KEYED = 0x57A6E << 32  # numbers of stages in random keys begin with it, which no view's does
 ADDRESS = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -69,49 +73,55 @@ def name_of(stage: Any) -> str:
 class After:
     """Puts members and what stages make into batches, as `Batch.extra` (tensors) and `Batch.members` (lists).
 
+    Which names a batch has is learned from a sample of the set, the same on all ranks and workers, whatever they hold.
+
     Args:
         extra: suffix by name, of the members that are read.
         stages: in turn; by address (`package.module:function`) or as they are.
     """
 
     @classmethod
-    def of(cls, images: "Images", extra: dict[str, str], stages: Sequence[str | Stage], seed: int) -> "After | None":
-        """None when there is nothing to do. Raises InputError when the set has none of a member."""
-        if not extra and not stages:
-            return None
-        check_present(images.reader, extra)
-        return cls(images, extra, stages, seed)
+    def of(
+        cls, images: "Images", augment: "Augment", extra: dict[str, str], stages: Sequence[str | Stage], seed: int
+    ) -> "After | None":
+        """None when there is nothing to do."""
+        return cls(images, augment, extra, stages, seed) if extra or stages else None
 
-    def __init__(self, images: "Images", extra: dict[str, str], stages: Sequence[str | Stage], seed: int):
-        self.images, self.seed = images, seed
+    def __init__(
+        self, images: "Images", augment: "Augment", extra: dict[str, str], stages: Sequence[str | Stage], seed: int
+    ):
+        self.images, self.augment, self.seed = images, augment, seed
         self.extras = Extras(images.reader, extra)
         self.stages = [(each, resolve(each)) if isinstance(each, str) else (name_of(each), each) for each in stages]
-        self._shapes: dict[str, Shape] = {}  # of tensors, for a batch without a readable sample
+        self._kinds: dict[tuple[torch.Size, ...], Kinds] = {}  # by the views' shapes
 
     def __call__(self, batch: Batch, micro: "Micro") -> Batch:
         """The batch with members and stages applied; slots of weight 0 stay as they are."""
         from penstock.streams.loader import generators_kept
 
+        kinds = self._kinds_of(batch, micro)
         before, spent = self.images.counters, defaultdict(float, batch.timing)
         found: list[dict[str, Any] | None] = []
         faults = {fault["position"]: fault for fault in batch.faults}
         labels, weights = batch.labels.clone(), batch.weights.clone()
         with generators_kept():
             for slot, position in enumerate(batch.positions.tolist()):
-                sample, dropped = None, None
+                sample = None
                 if weights[slot] > 0:
-                    sample, dropped = self._made(batch, micro, slot, spent)
-                if dropped is not None:
-                    weights[slot] = 0
-                    faults[position] = self._fault(batch, micro, slot, dropped)
-                    for view in batch.views:
-                        view[slot] = 0
+                    try:
+                        sample, makers = self._made(batch, micro, slot, spent)
+                        kinds.check(sample, makers)
+                    except Fault as fault:
+                        weights[slot] = 0
+                        faults[position] = self._fault(batch, micro, slot, fault)
+                        for view in batch.views:
+                            view[slot] = 0
                 if sample is not None:
                     labels[slot] = sample["label"]
                     for view, made in zip(batch.views, sample["views"], strict=True):
                         view[slot] = made
                 found.append(sample)
-        tensors, members = self._collated(batch, found)
+        tensors, members = kinds.collated(found, self.extras.wanted)
         ordered = [faults[position] for position in batch.positions.tolist() if position in faults]
         for name, count in since(before, self.images.counters).items():
             spent[name] += count
@@ -125,28 +135,57 @@ class After:
             timing=dict(spent),
         )
 
+    def _kinds_of(self, batch: Batch, micro: "Micro") -> Kinds:
+        """Of the first sample, of some spread over the set, that comes through the stages.
+
+        Raises InputError when none does.
+        """
+        from penstock.streams.loader import assemble, generators_kept
+
+        if not self.stages:
+            return Kinds({"__key__": "", **dict.fromkeys(self.extras.wanted)}, {})
+        views = tuple(view.shape[1:] for view in batch.views)
+        if views in self._kinds:
+            return self._kinds[views]
+        first, zero = np.cumsum([0, *(shard.samples for shard in self.images.manifest.shards)]), np.zeros(1, np.int64)
+        for number in np.unique(np.linspace(0, first[-1] - 1, TRIED).astype(np.int64)):
+            shards = np.searchsorted(first, [number], side="right") - 1
+            pool = None if micro.pool is None else zero
+            one = replace(micro, positions=zero, shards=shards, samples=number - first[shards], repeats=1, pool=pool)
+            made = assemble(one, self.images, self.augment, self.seed)
+            if not made.weights[0]:
+                continue
+            with suppress(Fault), generators_kept():
+                self._kinds[views] = Kinds(*self._made(made, one, 0, defaultdict(float)))
+                return self._kinds[views]
+        raise InputError(
+            f"data.stages: of {TRIED:,} samples spread over {self.images.manifest.root}, or all of them, each was "
+            "dropped or could not be read; pack a set of those that are wanted"
+        )
+
     def _made(
         self, batch: Batch, micro: "Micro", slot: int, spent: dict[str, float]
-    ) -> tuple[dict[str, Any] | None, Fault | None]:
-        """The sample after all stages; or why it must not count."""
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """The sample after all stages, and which of them gave a value last. Raises Fault where it must not count."""
         place = int(micro.shards[slot]), int(micro.samples[slot])
         began = perf_counter()
         try:
             members = self.extras.read(*place)
-        except Fault as fault:
-            return None, fault
         finally:
             spent[READ] += perf_counter() - began
         views = [view[slot].clone() for view in batch.views]  # else a stage that swaps two would lose one
         sample = {"__key__": batch.keys[slot], "views": views, "label": int(batch.labels[slot]), **members}
+        makers: dict[str, str] = {}
         key, began = self._key(micro, slot), perf_counter()
         for number, (name, stage) in enumerate(self.stages):
             seed_sample(*key, KEYED + number)
+            before = dict(sample)
             sample = _passed(name, stage, sample)
             if DROP in sample:
-                return None, Fault(f"{name} dropped it: {sample[DROP]}", DROPPED)
+                raise Fault(f"{name} dropped it: {sample[DROP]}", DROPPED)
+            makers |= {each: name for each, value in sample.items() if before.get(each) is not value}
         spent[AUGMENT] += perf_counter() - began
-        return sample, None
+        return sample, makers
 
     def _key(self, micro: "Micro", slot: int) -> tuple[int, ...]:
         """Of the slot's random numbers, as for its views."""
@@ -161,29 +200,6 @@ class After:
         shard = self.images.manifest.shards[int(micro.shards[slot])].name
         where = {"position": int(batch.positions[slot]), "shard": shard, "key": batch.keys[slot]}
         return where | {"kind": why.kind, "reason": str(why)}
-
-    def _collated(
-        self, batch: Batch, found: list[dict[str, Any] | None]
-    ) -> tuple[dict[str, torch.Tensor], dict[str, list[Any]]]:
-        """Tensors stacked, with zeros in slots of weight 0; anything else as lists with None there."""
-        made = [(key, sample) for key, sample in zip(batch.keys, found, strict=True) if sample is not None]
-        names = {name: None for _, sample in made for name in sample if not _is_own(name)}  # in order
-        tensors: dict[str, torch.Tensor] = {}
-        members: dict[str, list[Any]] = {name: [None] * len(found) for name in self.extras.wanted}
-        for name in names:
-            values = [None if sample is None else sample.get(name) for sample in found]
-            if not any(isinstance(value, torch.Tensor) for value in values):
-                members[name] = values
-                continue
-            members.pop(name, None)
-            if name in batch.extra:
-                raise InputError(f"data.stages: {name!r} comes from elsewhere already; give it another name")
-            self._shapes[name] = _same_shape(name, made)
-        for name, (shape, dtype) in self._shapes.items():
-            members.pop(name, None)
-            blank = torch.zeros(shape, dtype=dtype)
-            tensors[name] = torch.stack([blank if sample is None else sample[name] for sample in found])
-        return tensors, members
 
 
 def _passed(name: str, stage: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -227,23 +243,3 @@ def _passed(name: str, stage: Any, given: dict[str, Any]) -> dict[str, Any]:
     except (KeyError, TypeError):
         raise InputError(f"{where} `label` must stay a class number; put anything else under another name") from None
     return sample
-
-
-def _is_own(name: str) -> bool:
-    """Whether a key of a sample is the stream's, or webdataset's, and no member."""
-    return name in ("views", "label") or name.startswith("__")
-
-
-def _same_shape(name: str, made: list[tuple[str, dict[str, Any]]]) -> Shape:
-    """Of a tensor that every sample must have. Raises InputError."""
-    first, sample = next((key, sample) for key, sample in made if isinstance(sample.get(name), torch.Tensor))
-    shape, dtype = sample[name].shape, sample[name].dtype
-    for key, other in made:
-        value = other.get(name)
-        if not isinstance(value, torch.Tensor) or (value.shape, value.dtype) != (shape, dtype):
-            what = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-            raise InputError(
-                f"data.stages: {name!r} is a tensor {dtype} {list(shape)} for sample {first} and {what} for {key}; "
-                "tensors are stacked, so give them one shape, or give a NumPy array, which is handed over in a list"
-            )
-    return shape, dtype

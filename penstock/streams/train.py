@@ -10,6 +10,7 @@ from penstock.errors import InputError
 from penstock.schedule import Clock, knobs_of, value_at
 from penstock.streams.batch import Batch
 from penstock.streams.data import Data
+from penstock.streams.extras import check_present
 from penstock.streams.identity import differences
 from penstock.streams.images import Images
 from penstock.streams.loader import Micro, open_loader
@@ -64,7 +65,8 @@ class TrainStream:
         self.clock, self.size_multiple, self.growth, self.sidecar = clock, size_multiple, growth, sidecar
         if sidecar is not None and self.course.shares is not None:
             raise InputError("data.train: a teacher's stored answers are for one set, and this is a mixture")
-        self.after = After.of(self.images, data.extra, [*data.stages, *stages], seed)
+        check_present(self.images.reader, data.extra)
+        self.after = After.of(self.images, augment, data.extra, [*data.stages, *stages], seed)
         if sidecar is not None and (data.stages or stages):
             raise InputError("data.stages: a teacher's stored answers are for views that no stage changed; remove them")
 

@@ -1,6 +1,7 @@
 """The user's own stages: what they hand over, and that they cannot break counts."""
 
 import json
+import multiprocessing
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 from penstock.augment.crop_flip import CropFlip
 from penstock.augment.none import NoAugmentation
 from penstock.errors import InputError
+from penstock.monitor import Monitor, eval_stream
 from penstock.schedule import Clock
 from penstock.streams import stages
 from penstock.streams.data import Data
@@ -22,6 +24,8 @@ from penstock.streams.images import Images
 from penstock.streams.manifest import Manifest
 from penstock.streams.train import TrainStream
 from tests.members import EXTRA, TOTAL, members_of, same, slots, stream, take, write_set
+
+PLAIN = NoAugmentation(NoAugmentation.Config(size=8))
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +97,8 @@ def test_webdataset_stages_work_as_they_are(folder):
 
 def test_evaluation_hands_them_over_once_each(folder):
     images = Images(Manifest.load(folder))
-    after = stages.After.of(images, {"vector": "npy"}, [numbered], seed=0)
-    evaluation = EvalStream(images, NoAugmentation(NoAugmentation.Config(size=8)), batch=8, after=after)
+    after = stages.After.of(images, PLAIN, {"vector": "npy"}, [numbered], seed=0)
+    evaluation = EvalStream(images, PLAIN, batch=8, after=after)
     batches = list(evaluation)
     assert [int(batch.weights.sum()) for batch in batches] == [8, 8, 8, 5]
     real = [sample for position, sample in slots(batches).items() if position >= 0]
@@ -161,6 +165,17 @@ def sometimes(samples):
         yield sample | ({"box": torch.zeros(2)} if int(sample["__key__"][1:]) % 2 else {})
 
 
+def others(samples):
+    for sample in samples:
+        yield sample | ({} if int(sample["__key__"][1:]) % 2 else {"box": torch.zeros(2)})
+
+
+def turning(samples):
+    for sample in samples:
+        number = int(sample["__key__"][1:])
+        yield sample | {"box": number if number % 2 else torch.tensor(number)}
+
+
 def no_iterator(samples):
     return 5
 
@@ -177,20 +192,27 @@ def no_iterator(samples):
         (fewer_views, r"fewer_views.*`views` must stay a list of 1 uint8 tensors of shape \[\[3, 8, 8\]\]"),
         (floats, r"floats.*`views` must stay"),
         (soft, r"soft.*`label` must stay a class number"),
-        (ragged, r"'box' is a tensor .* for sample s\d+ and .* for s\d+; tensors are stacked"),
-        (sometimes, r"'box' is a tensor .* and NoneType for s\d+"),
+        (
+            ragged,
+            r"ragged, at sample s\d+: 'box' is a tensor float32 \[[12]\], but a tensor float32 \[0\] at s",
+        ),
+        (sometimes, r"sometimes, at sample s\d*[13579]: 'box' is a tensor float32 \[2\], but absent at sample s000"),
+        (others, r"others, at sample s\d*[13579]: 'box' is absent, but a tensor float32 \[2\] at sample s000"),
+        (turning, r"turning, at sample s\d*[13579]: 'box' is no tensor, but a tensor int64 \[\] at sample s000"),
         (no_iterator, r"no_iterator, at sample s\d+: TypeError"),
     ],
 )
 def test_stages_that_would_break_counts_are_named(folder, stage, said):
-    with pytest.raises(InputError, match=said):
-        take(stream(folder, [later, stage]), 5)
+    for batch in (8, 1):  # what differs may lie in batches of its own
+        with pytest.raises(InputError, match=said):
+            take(stream(folder, [later, stage], batch=batch), TOTAL)
 
 
 def test_a_worker_says_it_too(folder):
     """In the same words, without the worker's traceback."""
     with pytest.raises(InputError, match=r"^data\.stages: dropping, at sample s007: it gave no sample back.*counted$"):
         take(stream(folder, [dropping], workers=1), 5)
+    assert not multiprocessing.active_children()  # it is gone without a garbage collection
 
 
 def small_ones(samples):
@@ -236,8 +258,60 @@ def test_a_batch_without_any_sample_has_its_tensors(tmp_path):
     folder = write_set(tmp_path / "set", total=7)
     batches = take(stream(folder, [all_gone, numbered], batch=1, seed=3), 21)
     assert Counter(float(batch.weights) for batch in batches) == {0.0: 18, 1.0: 3}
-    first = next(i for i, batch in enumerate(batches) if batch.weights)
-    assert all(batch.extra["tokens"].shape == (1, 2) for batch in batches[first:])
+    assert all(batch.extra["tokens"].shape == (1, 2) and "drawn" in batch.members for batch in batches)
+
+
+def test_a_rank_of_padding_alone_has_all_names(folder):
+    images = Images(Manifest.load(folder))
+    after = stages.After.of(images, PLAIN, {"caption": "txt"}, [numbered], seed=0)
+    ranks = [EvalStream(images, PLAIN, batch=4, world=2, rank=rank, limit=3, after=after) for rank in (0, 1)]
+    one, other = (next(iter(rank)) for rank in ranks)
+    assert (one.weights.sum(), other.weights.sum()) == (3, 0)
+    assert one.extra["tokens"].shape == other.extra["tokens"].shape == (4, 2)
+    assert one.members.keys() == other.members.keys() == {"caption", "drawn"}
+
+
+def test_a_set_of_which_nothing_is_left_is_refused(folder):
+    def unwanted(samples):
+        for sample in samples:
+            yield sample | {"__drop__": "unwanted"}
+
+    with pytest.raises(InputError, match=r"^data\.stages: of 1,024 samples .* each was dropped"):
+        take(stream(folder, [unwanted]), 1)
+
+
+def test_tensors_may_follow_the_size_of_views(folder):
+    def means(samples):
+        for sample in samples:
+            yield sample | {"mean": sample["views"][0].float().mean(0)}
+
+    growing = CropFlip(CropFlip.Config.model_validate({"size": {"name": "linear", "start": 8, "end": 16}}))
+    batches = take(stream(folder, [means], augment=growing), 100)
+    assert {batch.extra["mean"].shape for batch in batches} == {(8, side, side) for side in range(8, 17)}
+
+
+def test_tensors_of_any_type_come_from_workers(folder):
+    def odd(samples):
+        for sample in samples:
+            grown = torch.ones(3, requires_grad=True) * 2
+            yield sample | {"grown": grown, "tiny": torch.ones(2).to(torch.float8_e4m3fn)}
+
+    (batch,) = take(stream(folder, [odd], workers=1), 1)
+    assert batch.extra["grown"].tolist() == [[2.0] * 3] * 8 and not batch.extra["grown"].requires_grad
+    assert batch.extra["tiny"].tolist() == [[1.0] * 2] * 8
+
+
+def test_what_a_run_is_measured_by_passes_through_its_stages(folder, tmp_path):
+    """A validation set may lack the members."""
+    bare = write_set(tmp_path / "bare", members=lambda number: {}, total=5)
+    address = "tests.unit.test_stages:numbered"
+    data = Data(Data.Config(train=folder, val=bare, extra={"caption": "txt"}, stages=[address], workers=0))
+    assert data.val is not None
+    measured = slots(list(eval_stream(Monitor.Config(batch=4), data, data.val, (8, 8), "cpu")))
+    real = [sample for sample in measured.values() if sample["weight"]]
+    assert len(real) == 5 and all(sample["caption"] is None for sample in real)
+    assert [sample["tokens"].tolist() for sample in real] == [[n, 0] for n in range(5)]
+    assert [sample["label"] for sample in real] == [n + 1 for n in range(5)]
 
 
 def test_swapped_views_are_both_kept(folder):
