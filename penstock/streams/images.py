@@ -14,7 +14,8 @@ from penstock.errors import InputError
 from penstock.streams.decode import DecodeError, NeedOf, decode, decode_smaller
 from penstock.streams.manifest import Manifest
 from penstock.streams.mixture import open_reader
-from penstock.streams.reader import Fault, ShardReader
+from penstock.streams.reader import ShardReader
+from penstock.streams.storage import Fault
 from penstock.streams.timing import DECODE, READ
 
 
@@ -93,10 +94,12 @@ class _PixelCache:
         sizes = np.concatenate([shape.prod(1) for shape in self.shapes]) * channels
         self.begins = np.concatenate([[0], np.cumsum(sizes)])
         total, memory = int(self.begins[-1]), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if total > memory / 2:
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine, each with a cache of its own
+        if total * ranks > memory / 2:
             raise InputError(
-                f"data.cache: the decoded images of {reader.manifest.root} take {total / 1e9:.1f} GB for each rank, "
-                f"and this machine has {memory / 1e9:.1f} GB; write data.cache=none"
+                f"data.cache: the decoded images of {reader.manifest.root} take {total / 1e9:.1f} GB for each of "
+                f"{ranks} ranks, and this machine has {memory / 1e9:.1f} GB, of which half may be taken; "
+                "write data.cache=none"
             )
         self.pixels = np.frombuffer(mmap.mmap(-1, max(total, 1)), dtype=np.uint8)
         self.filled = np.frombuffer(mmap.mmap(-1, len(sizes)), dtype=np.uint8)

@@ -29,8 +29,9 @@ class Meter:
             time.sleep(0.1)
 
     def _of_workers(self) -> float:
-        total = 0
-        for pid in self.workers:
-            for task in Path(f"/proc/{pid}/task").iterdir():
-                total += int((task / "schedstat").read_text().split()[0])
-        return total * 1e-9
+        return sum(time.clock_gettime(_clock_of(pid)) for pid in self.workers)
+
+
+def _clock_of(pid: int) -> int:
+    """The clock of a process's CPU time, ended threads included, in ns: Linux's clock_getcpuclockid(3)."""
+    return (~pid << 3) | 2

@@ -27,9 +27,12 @@ class Images:
     work: Path
 
 
-def prepare(data: Path, folder: Path, count: int) -> tuple[Images, Images]:
-    """`count` images of a tree, and a quarter as many enlarged ones, or 48: some loaders drop an unfinished batch."""
-    files = sorted(data.rglob("*.[jJ][pP]*[gG]"))
+def jpegs(data: Path) -> list[Path]:
+    return sorted(data.rglob("*.[jJ][pP]*[gG]"))
+
+
+def prepare(files: list[Path], folder: Path, count: int) -> tuple[Images, Images]:
+    """`count` of some JPEGs, and a quarter as many enlarged ones, or 48: some loaders drop an unfinished batch."""
     chosen = random.Random(0).sample(files, min(count, len(files)))
     small = _tree(folder / "small", chosen)
     large = folder / "large" / "tree"

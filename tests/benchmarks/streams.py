@@ -27,7 +27,7 @@ from tests.benchmarks import _streams_rivals as rivals
 from tests.benchmarks import _streams_sides as sides
 from tests.benchmarks._report import print_facts, print_table
 from tests.benchmarks._streams_cpu import Meter, children
-from tests.benchmarks._streams_data import Images, prepare
+from tests.benchmarks._streams_data import Images, jpegs, prepare
 
 COMPARED = {"of_image_folder": "ImageFolder, Pillow, v2", "of_floor": "floor"}
 Side = Callable[[Images, int], Iterator[int]]  # of images and a size: endless counts of images, batch by batch
@@ -63,13 +63,16 @@ def main() -> None:
     add("--quick", action="store_true", help="few images and rounds, to see that all works")
     add("--json", type=Path, help="write the results here, too")
     args = parser.parse_args()
+    files = jpegs(args.data)
+    if not files:
+        parser.error(f"{args.data}: there are no JPEG files below it; give a tree of class folders")
     if args.quick:
         args.images, args.rounds, args.sizes = 64, 2, args.sizes[:1]
     print_facts()
     torch.set_num_threads(1)
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        small, large = prepare(args.data, Path(folder), args.images)
+        small, large = prepare(files, Path(folder), args.images)
         for images, size in [*((small, size) for size in args.sizes), *((large, size) for size in args.sizes)]:
             results += _compare(images, size, _chosen(ONE_VIEW, args.only), args.rounds, "one view")
         for case, chosen in VIEWS.items():

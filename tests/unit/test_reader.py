@@ -214,3 +214,12 @@ def test_a_cache_larger_than_memory_is_refused(tmp_path):
     manifest = write_set(tmp_path, [2], size=(10_000_000, 10_000))
     with pytest.raises(InputError, match=r"data.cache=none"):
         Images(manifest, cache="ram")
+
+
+def test_the_caches_of_all_ranks_of_a_machine_must_fit(tmp_path, monkeypatch):
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    manifest = write_set(tmp_path, [1], size=(1000, memory // 3000 // 4))  # a quarter of the memory
+    Images(manifest, cache="ram")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(InputError, match=r"for each of 4 ranks.*data\.cache=none"):
+        Images(manifest, cache="ram")
