@@ -6,7 +6,7 @@ from penstock.tracking.journal import read_run
 from penstock.tracking.mirror import open_store
 from tests.slurm.job import EVERY, SLOW, STEPS, Job, same_run
 
-VERY_SLOW = 0.25  # a step takes four seconds
+VERY_SLOW = 0.1  # a step takes 1.6 s, an evaluation 13 s, the run more than two starts of a minute have for it
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def test_a_job_trains_on_two_nodes(unbroken):
 
 
 def test_time_limit_twice_and_done_on_the_third_start(cluster, recipe, unbroken, tmp_path):
-    job = Job(cluster, tmp_path / "job", recipe, ("--time=1", "--signal=B:USR1@20")).submit(VERY_SLOW)
+    job = Job(cluster, tmp_path / "job", recipe, ("--time=1", "--signal=B:USR1@25")).submit(VERY_SLOW)
     for restarts in (1, 2):
         cluster.wait(job.id, "RUNNING")
         cluster.wait(job.id, "PENDING", timeout=90)
