@@ -103,7 +103,7 @@ def test_no_validation_set(refused):
 
 
 def test_labels_out_of_range(refused, tmp_path):
-    val = labelled(tmp_path / "val", [0, 1, 7], ("class0", "class1", "class2"))
+    val = labelled(tmp_path / "val", [0, 1, 7], None)
     said = refused(f"data.val={val}")
     assert "data.val: sample sample000002" in said and "has label 7, but there are 3 classes, 0 to 2" in said
 
