@@ -1,14 +1,11 @@
 """`penstock shards pack | index | verify | show`. Each command imports what it needs when it runs."""
 
 import argparse
-import re
 from pathlib import Path
 
 from penstock.arguments import count, place
 from penstock.errors import DONE, INPUT_WRONG
 from penstock.streams import look
-
-UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def add_commands(subparsers: argparse._SubParsersAction) -> None:
@@ -164,11 +161,12 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _suffixes(text: str) -> tuple[str, ...]:
+    from penstock.streams.index import SUFFIX
     from penstock.streams.tar import runs_code
 
     found = tuple(dict.fromkeys(part.strip().lstrip(".").lower() for part in text.split(",")))
     for suffix in found:
-        if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]{0,31}", suffix) or suffix == "cls":
+        if not SUFFIX.fullmatch(suffix) or suffix == "cls":
             raise argparse.ArgumentTypeError(f"{suffix!r} is no suffix of other members; write some as txt,mask.png")
         if runs_code(suffix):
             raise argparse.ArgumentTypeError(f"{suffix} files are pickles, which can run code when they are read")
@@ -182,7 +180,12 @@ def _quality(text: str) -> int:
 
 
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMG]?)(?:i?B)?", text, re.IGNORECASE)
-    if not match or float(match[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 268435456, 256M or 1G")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    from penstock.streams.remote.options import parse_bytes
+
+    try:
+        size = parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if size == 0:
+        raise argparse.ArgumentTypeError("a shard holds bytes; write 256M or 1G")
+    return size

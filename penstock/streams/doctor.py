@@ -23,8 +23,8 @@ from penstock.streams.encoded import image_format, image_size
 from penstock.streams.jobs import available_cores
 from penstock.streams.loader import generators_kept, need_of_views
 from penstock.streams.manifest import Manifest
-from penstock.streams.reader import Fault
 from penstock.streams.sources.smaller import smaller
+from penstock.streams.storage import Fault
 from penstock.streams.train import TrainStream
 
 BATCH = 32

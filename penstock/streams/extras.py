@@ -15,7 +15,8 @@ import numpy as np
 from penstock.errors import InputError
 from penstock.streams.encoded import EXTENSIONS
 from penstock.streams.index import EXTRA, SUFFIX
-from penstock.streams.reader import Fault, ShardReader
+from penstock.streams.reader import ShardReader
+from penstock.streams.storage import Fault
 
 TEXTS = {"txt", "text", "caption"}
 KINDS = "txt, text or caption (text), json, cls (a number), npy (an array), png, jpg, jpeg or webp (pixels)"
@@ -118,10 +119,12 @@ def _pixels(data: bytes) -> np.ndarray:
 
 
 def check_present(reader: ShardReader, wanted: Mapping[str, str]) -> None:
-    """Raise InputError when no sample of the set has one of the members asked for."""
+    """Raise InputError when no shard that is looked at has one of the members asked for."""
     missing = set(wanted.values())
     seen: set[str] = set()
-    for shard in range(len(reader.manifest.shards)):
+    total = len(reader.manifest.shards)
+    shards = range(0, total, -(-total // reader.manifest.storage.shards_looked_at) or 1)
+    for shard in shards:
         if not missing:
             return
         held = [name.removeprefix(EXTRA) for name in reader.names(shard) if name.startswith(EXTRA)]
@@ -132,6 +135,7 @@ def check_present(reader: ShardReader, wanted: Mapping[str, str]) -> None:
             f"its samples have {', '.join(sorted(seen))}" if seen else "its samples have nothing beside image and label"
         )
         raise InputError(
-            f"data.extra: no sample of {reader.manifest.root} has a member {', '.join(sorted(missing))}; {has}. If "
+            f"data.extra: no sample of {reader.manifest.root} has a member {', '.join(sorted(missing))}"
+            f"{'' if len(shards) == total else f' in the {len(shards)} shards that were looked at'}; {has}. If "
             "an older Penstock made the index, which lists none of them, delete manifest.json and index again"
         )

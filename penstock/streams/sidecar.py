@@ -25,7 +25,8 @@ from penstock.streams.index import (
     walk_samples,
 )
 from penstock.streams.manifest import Manifest
-from penstock.streams.reader import Fault, ShardReader
+from penstock.streams.reader import ShardReader
+from penstock.streams.storage import Fault
 from penstock.streams.tar import TarError
 
 MEMBER = "answers.npy"

@@ -130,3 +130,43 @@ def test_an_empty_image_at_the_end_of_a_shard_is_read(web, tmp_path):
     reader = ShardReader(manifest)
     begins = reader._opened(0).begins
     assert reader._opened(0).around(int(begins[-1])) == (int(begins[-2]), int(begins[-1]))
+
+
+def test_two_sets_share_the_room_of_a_cache(web, tmp_path):
+    write_set(tmp_path / "more", [12, 5])
+    total = sum(shard.bytes for shard in Manifest.load(tmp_path / "data").shards)
+    options = Remote(retries=2, timeout=2.0, cache_bytes=total * 3 // 2)
+    first, second = (Manifest.load(f"{web.url}/{name}", options) for name in ("data", "more"))
+    assert first.storage.whole and not second.storage.whole
+    first.storage.expect(total)  # again
+    assert first.storage.whole
+
+
+def test_a_member_that_is_nowhere_is_told_by_a_look_at_some_shards(web, tmp_path, monkeypatch):
+    from penstock.streams.extras import check_present
+
+    write_set(tmp_path / "many", [1] * 9)
+    manifest = Manifest.load(f"{web.url}/many", Remote(retries=2, timeout=2.0))
+    monkeypatch.setattr(type(manifest.storage), "shards_looked_at", 3)
+    monkeypatch.setattr("penstock.streams.reader.AHEAD", 1)
+    with pytest.raises(InputError, match="in the 3 shards that were looked at"):
+        check_present(ShardReader(manifest), {"caption": "txtt"})
+    assert len(web.gets("index")) == 3
+
+
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_WEB_IDENTITY_TOKEN_FILE"])
+def test_a_word_that_is_a_key_too_may_be_in_an_address(monkeypatch, name):
+    from penstock.streams.remote.address import place, redacted
+
+    monkeypatch.setenv(name, "testing")
+    assert place("s3://testing-data/a").url == "s3://testing-data/a" == redacted("s3://testing-data/a")
+    assert ("testing" in redacted("denied: testing")) is name.endswith("_FILE")
+    assert place("s3://testing/a").url == "s3://testing/a"
+
+
+def test_a_secret_in_an_address_is_refused(monkeypatch):
+    from penstock.streams.remote.address import place
+
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-long-secret-of-the-tests")
+    with pytest.raises(InputError, match=r"s3://bucket/\*\*\*x holds a credential"):
+        place("s3://bucket/a-long-secret-of-the-testsx")

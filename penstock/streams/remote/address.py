@@ -14,6 +14,8 @@ FORMS = (
 )
 SECRETS = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|SIGNATURE|CREDENTIAL|SAS", re.IGNORECASE)
 STORES = ("AWS_", "GOOGLE_", "AZURE_", "HF_")
+PLACES = ("_FILE", "_PATH", "_URI")  # end the names of variables that say where a secret is
+SHORT, LONG = 6, 16  # characters of a secret that is told from other words where it stands alone, and anywhere
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Place:
 
 def place(address: str) -> Place:
     """What an address names. Raises InputError for one that cannot be used, or holds a credential."""
-    if redacted(address) != address:
+    if _without_users(address) != address or any(secret in address for secret in _secrets(refused=True)):
         raise InputError(
             f"{redacted(address)} holds a credential, which would end up in logs and run folders; leave it out, and "
             "give it in the environment (AWS_ACCESS_KEY_ID, AZURE_STORAGE_ACCOUNT_KEY, HF_TOKEN, ...)"
@@ -62,9 +64,22 @@ def _hugging_face(address: str, rest: str) -> Place:
 
 def redacted(text: str) -> str:
     """Text without what may be a credential: users, passwords and queries of addresses; the environment's secrets."""
-    text = re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/\s@'\"]*@", r"\1***@", text)
-    text = re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s?'\"<>]*)\?[^\s'\"<>),]*", r"\1?***", text)
-    for name, value in os.environ.items():
-        if name.startswith(STORES) and SECRETS.search(name) and len(value) >= 6:
-            text = text.replace(value, "***")
+    text = _without_users(text)
+    for secret in _secrets():
+        anywhere = re.escape(secret)
+        text = re.sub(anywhere if len(secret) >= LONG else rf"(?<![\w-]){anywhere}(?![\w-])", "***", text)
     return text
+
+
+def _without_users(text: str) -> str:
+    text = re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/\s@'\"]*@", r"\1***@", text)
+    return re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s?'\"<>]*)\?[^\s'\"<>),]*", r"\1?***", text)
+
+
+def _secrets(refused: bool = False) -> list[str]:
+    """Values of the environment that may be credentials; with `refused`, those that surely are."""
+    found = [(name, value) for name, value in os.environ.items() if name.startswith(STORES) and SECRETS.search(name)]
+    found = [(name, value) for name, value in found if not name.endswith(PLACES)]
+    if refused:
+        return [value for name, value in found if len(value) >= LONG and not name.endswith("ACCESS_KEY_ID")]
+    return [value for _, value in found if len(value) >= SHORT]

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from penstock.errors import InputError
 from penstock.streams.manifest import safe_name
@@ -31,6 +31,7 @@ class RemoteStorage:
 
     shards_looked_at = 100  # with two requests each
     fetches = True
+    _whole: ClassVar[dict[Path, dict[str, int]]] = {}  # bytes of this process's sets of whole shards, by cache
 
     def __init__(self, address: str, remote: Remote | None = None):
         self.place = place(address)
@@ -53,7 +54,11 @@ class RemoteStorage:
     def expect(self, total: int) -> None:
         """Choose what is fetched at once, for a set of so many bytes."""
         if self.remote.mode == "auto":
-            self.whole = total <= self.remote.settings()["bytes"]
+            chosen = self._whole.setdefault(self.folder, {})
+            chosen.pop(self.address, None)
+            self.whole = total + sum(chosen.values()) <= self.remote.settings()["bytes"]
+            if self.whole:
+                chosen[self.address] = total
 
     def open(self, name: str, size: int, sha256: str) -> "RemoteFile":
         return RemoteFile(self, name, size, sha256)

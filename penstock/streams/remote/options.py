@@ -21,7 +21,7 @@ class Remote(Block):
     cache_dir: Path | None = Field(None, description="the cache on disk; null is $PENSTOCK_CACHE or ~/.cache/penstock")
     cache_bytes: str | int = Field("64G", description="most that the cache may hold, for all runs of a machine")
     retries: int = Field(12, ge=0, description="times a request that failed is tried again, each after a longer pause")
-    timeout: float = Field(60.0, gt=0, description="seconds a request may take until it counts as failed")
+    timeout: float = Field(60.0, gt=0, description="seconds without an answer or a byte until a request has failed")
 
     @field_validator("cache_bytes")
     @classmethod
