@@ -23,7 +23,7 @@ from penstock.evaluate._predictions import write_predictions
 from penstock.export import Classifier, load_classifier
 from penstock.streams.evaluation import EvalStream
 from penstock.streams.images import Images
-from penstock.streams.manifest import MANIFEST, Manifest
+from penstock.streams.manifest import Manifest
 
 WORST = 5  # classes named in the table
 
@@ -184,12 +184,9 @@ class _Logits(nn.Module):
         return Features(logits, logits)
 
 
-def labelled_set(data: Path) -> Manifest:
-    """The set in `data`, or the one named `val` in it."""
-    inside = data / "val"
-    manifest = Manifest.load(inside if not (data / MANIFEST).is_file() and inside.is_dir() else data)
-    if manifest.samples == 0:
-        raise InputError(f"{manifest.root} holds no sample")
+def labelled_set(data: Path | str) -> Manifest:
+    """The set at `data`, or the one named `val` in it."""
+    manifest = Manifest.inside(data, "val")
     if manifest.unlabelled:
         raise InputError(
             f"accuracy needs labels, but {manifest.unlabelled} of {manifest.samples} samples of {manifest.root} have "

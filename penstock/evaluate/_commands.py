@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from penstock.arguments import count
+from penstock.arguments import count, place
 from penstock.errors import DONE, InputError
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     add(
         "data",
         metavar="DATA",
-        type=Path,
-        help="folder that holds packed sets `train` and `val`; for a classifier `val` alone, or a set itself",
+        type=place,
+        help="what holds packed sets `train` and `val`; for a classifier `val` alone, or a set itself",
     )
     add("--limit", metavar="N", type=count, help="at most N images of each set, a fixed subset")
     add("--batch", metavar="N", type=count, default=256, help="images per forward (256)")
@@ -42,7 +42,7 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     add("--predictions", metavar="FILE.npz", type=Path, help="keep positions, labels and logits")
     add = parser.add_argument_group("features").add_argument
     add("--features", action="store_true", help="measure a classifier's backbone instead")
-    add("--val", metavar="DIR", type=Path, help="the packed set that is classified; DATA is then the one learned from")
+    add("--val", metavar="DIR", type=place, help="the packed set that is classified; DATA is then the one learned from")
     add("--only", metavar="NAME", action="append", help="leave the other evaluations out; may be repeated")
     add("--set", metavar="KEY=VALUE", action="append", default=[], help="an option, as knn.k=10; may be repeated")
     add("--untrained", action="store_true", help="random weights in the same architecture: the baseline")
@@ -70,7 +70,7 @@ def _refuse(args: argparse.Namespace, options: tuple[str, ...], why: str) -> Non
 
 
 def _evaluate_features(args: argparse.Namespace, export: Path | None) -> int:
-    folders = {"train": args.data / "train", "val": args.data / "val"}
+    folders = {name: f"{args.data}/{name}" for name in ("train", "val")}
     if args.val is not None:
         folders = {"train": args.data, "val": args.val}
 

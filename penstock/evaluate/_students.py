@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from penstock.arguments import count
+from penstock.arguments import count, place
 from penstock.errors import DONE, InputError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     add = parser.add_argument
     add("teacher", metavar="TEACHER", help="run or export folder of the teacher")
     add("students", metavar="STUDENT", nargs="+", help="run or export folder, or NAME=RUN,RUN,... for several seeds")
-    add("--data", metavar="SET", type=Path, required=True, help="packed validation set, or a folder that holds `val`")
+    add("--data", metavar="SET", type=place, required=True, help="packed validation set, or a folder that holds `val`")
     add(
         "--labels",
         metavar="NAME,NAME",
@@ -144,8 +144,8 @@ def _store(entries: "list[Entry]") -> str | None:
     from penstock.tracking.store import State, actual_uri
 
     found = set()
-    for place in (Path(place) for each in entries[1:] for place in each.places):
-        run = place if (place / NAME).is_file() else place.parent
+    for folder in (Path(name) for each in entries[1:] for name in each.places):
+        run = folder if (folder / NAME).is_file() else folder.parent
         if State.load(run).uri is None:
             return None  # no run, or one that was kept from MLflow
         attempts = [line["attempt"] for line in read_lines(run / NAME) if "attempt" in line]

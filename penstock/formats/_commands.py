@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from penstock.arguments import count, place
 from penstock.errors import DONE, InputError
 
 if TYPE_CHECKING:
@@ -31,19 +32,19 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     add = parser.add_argument
     add("model", metavar="MODEL", type=Path, help="a run or export folder, or timm:NAME with --out")
     add("--to", metavar="FORMS", type=_forms, default=FORMS, help="of torch and onnx, with commas (torch,onnx)")
-    add("--int8", metavar="DATA", type=Path, help=INT8)
-    add("--val", metavar="DATA", type=Path, help="packed set to compare the forms on (images of --int8, or noise)")
+    add("--int8", metavar="DATA", type=place, help=INT8)
+    add("--val", metavar="DATA", type=place, help="packed set to compare the forms on (images of --int8, or noise)")
     add("--out", metavar="FOLDER", type=Path, help="where the files go (the export folder)")
     add("--fold", action="store_true", help="fold batch norm into the layers before it; runtimes may do so as well")
     parser.set_defaults(run=_export)
     parser = subparsers.add_parser("predict", help="labels and probabilities of images", description=PREDICT)
     add = parser.add_argument
     add("model", metavar="MODEL", type=Path, help="a run, an export folder, a .pt2 or .onnx file, or timm:NAME")
-    add("images", metavar="IMAGES", type=Path, nargs="+", help="files, folders, or a packed set")
-    add("--top", metavar="N", type=_count, default=5, help="classes told for each image (5)")
+    add("images", metavar="IMAGES", type=place, nargs="+", help="files, folders, or a packed set")
+    add("--top", metavar="N", type=count, default=5, help="classes told for each image (5)")
     add("--format", choices=("table", "json", "csv"), default="table")
-    add("--batch", metavar="N", type=_count, default=32, help="images per forward (32)")
-    add("--size", metavar="PIXELS", type=_count, help="side of the images (the model's own)")
+    add("--batch", metavar="N", type=count, default=32, help="images per forward (32)")
+    add("--size", metavar="PIXELS", type=count, help="side of the images (the model's own)")
     add("--sheet", metavar="PNG", type=Path, help="draw the images with their labels")
     parser.set_defaults(run=_predict)
 
@@ -55,24 +56,18 @@ def _forms(text: str) -> tuple[str, ...]:
     return forms
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return int(text)
-
-
 def _export(args: argparse.Namespace) -> int:
     from penstock.export import export_folder, read_about
-    from penstock.formats.data import packed
     from penstock.formats.write import export_forms
+    from penstock.streams.manifest import Manifest
 
     if "onnx" in args.to or args.int8 is not None:
         from penstock.formats.onnx import need
 
         need("onnx", "onnxscript", "onnxruntime")  # before any work
     export = _adopted(args) if str(args.model).startswith("timm:") else export_folder(args.model)
-    calibration = None if args.int8 is None else packed(args.int8, "train")
-    val = None if args.val is None else packed(args.val, "val")
+    calibration = None if args.int8 is None else Manifest.inside(args.int8, "train")
+    val = None if args.val is None else Manifest.inside(args.val, "val")
     out = args.out or export
     rows = export_forms(export, out, args.to, calibration, val, args.fold)
     seen = f"{val.root}" if val else f"images of {calibration.root}" if calibration else "noise"

@@ -1,7 +1,6 @@
 """The images that forms are compared on and calibrated with, prepared as in evaluation."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,16 +10,7 @@ from penstock.errors import InputError
 from penstock.formats.about import About
 from penstock.streams.evaluation import EvalStream
 from penstock.streams.images import Images
-from penstock.streams.manifest import MANIFEST, Manifest
-
-
-def packed(data: Path, inside: str) -> Manifest:
-    """The set in `data`, or the one named `inside` in it."""
-    deeper = data / inside
-    manifest = Manifest.load(deeper if not (data / MANIFEST).is_file() and deeper.is_dir() else data)
-    if manifest.samples == 0:
-        raise InputError(f"{manifest.root} holds no sample")
-    return manifest
+from penstock.streams.manifest import Manifest
 
 
 def batches(

@@ -22,7 +22,7 @@ class Picture:
     reason: str = ""
 
 
-def pictures(places: Sequence[Path], channels: int) -> Iterator[Picture]:
+def pictures(places: Sequence[Path | str], channels: int) -> Iterator[Picture]:
     """The images of all places, one after another; those of a folder, and of the folders in it, by name.
 
     Raises:
@@ -35,7 +35,9 @@ def pictures(places: Sequence[Path], channels: int) -> Iterator[Picture]:
         )
 
 
-def _source(place: Path) -> Manifest | list[Path]:
+def _source(place: Path | str) -> Manifest | list[Path]:
+    if isinstance(place, str):
+        return Manifest.load(place)
     if place.is_file():
         return [place]
     if not place.is_dir():

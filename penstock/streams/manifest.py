@@ -66,6 +66,16 @@ class Manifest:
         return cls.at(open_storage(address, remote))
 
     @classmethod
+    def inside(cls, place: str | Path, name: str) -> "Manifest":
+        """The set at a place, or the one called `name` below it. Raises InputError where there is none with samples."""
+        deeper = f"{str(place).rstrip('/')}/{name}"
+        here, below = (open_storage(each).sizes([MANIFEST])[0] is not None for each in (place, deeper))
+        manifest = cls.load(deeper if below and not here else place)
+        if manifest.samples == 0:
+            raise InputError(f"{manifest.root} holds no sample")
+        return manifest
+
+    @classmethod
     def at(cls, storage: Storage) -> "Manifest":
         """`load` of a set whose storage is open."""
         try:

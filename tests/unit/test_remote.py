@@ -186,6 +186,17 @@ def test_a_store_gives_what_the_folder_gives(bucket, folder, mode):
             assert np.array_equal(reader.column(shard, name), ShardReader(local).column(shard, name))
 
 
+def test_a_set_below_an_address_is_found_as_below_a_folder(bucket, folder, tmp_path):
+    upload(bucket, folder, "bucket", "sets/val")
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / "val").symlink_to(folder)
+    for place in ("s3://bucket/sets", "s3://bucket/sets/val", tmp_path / "sets", tmp_path / "sets" / "val"):
+        assert Manifest.inside(place, "val").samples == sum(SIZES)
+    for place in ("s3://bucket/none", tmp_path / "none"):
+        with pytest.raises(InputError, match="none has no manifest|none is not a folder"):
+            Manifest.inside(place, "val")
+
+
 @pytest.mark.parametrize("mode", ["shards", "ranges"])
 def test_a_cold_cache_has_no_hits_though_all_is_asked_for_ahead(bucket, folder, mode):
     upload(bucket, folder, "bucket", f"cold-{mode}")
