@@ -1,7 +1,9 @@
 """What a reader of a store trusts, and what may leave its cache meanwhile."""
 
 import json
+import multiprocessing
 import os
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from penstock.errors import InputError
 from penstock.streams.index import load_records
 from penstock.streams.manifest import Manifest
 from penstock.streams.reader import ShardReader
-from penstock.streams.remote import upload
+from penstock.streams.remote import link, upload
 from penstock.streams.remote.fetcher import Fetcher
 from penstock.streams.remote.options import Remote
 from penstock.streams.storage import open_storage
@@ -170,3 +172,53 @@ def test_a_secret_in_an_address_is_refused(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-long-secret-of-the-tests")
     with pytest.raises(InputError, match=r"s3://bucket/\*\*\*x holds a credential"):
         place("s3://bucket/a-long-secret-of-the-testsx")
+
+
+def _fetchers(folder: Path) -> list[Path]:
+    return sorted(folder.glob("penstock-*"))
+
+
+def test_a_fetcher_that_cannot_start_leaves_no_folder(web, tmp_path, monkeypatch):
+    (tmp_path / "t").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "t"))
+    monkeypatch.setattr("penstock.streams.remote.link.LONGEST", 1000)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        opened(web, cache_dir=tmp_path / "file/cache").names()
+    assert not _fetchers(tmp_path / "t")
+
+
+def _ask(storage, barrier, results) -> None:
+    barrier.wait()
+    results.put(storage.content("manifest.json"))
+    barrier.wait()  # the fetcher of who was first serves all of them
+    results.put(storage.content("manifest.json"))
+    barrier.wait()
+
+
+def test_workers_whose_fetcher_was_killed_share_one_again(web, tmp_path, monkeypatch):
+    (tmp_path / "t").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "t"))
+    monkeypatch.setattr("penstock.streams.remote.link.LONGEST", 1000)
+    storage = opened(web)
+    content = storage.content("manifest.json")
+    os.kill(link._processes[-1].pid, 9)
+    link._processes[-1].wait()
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(5), context.Queue()
+    workers = [context.Process(target=_ask, args=(storage, barrier, results)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    barrier.wait(60)
+    barrier.wait(60)
+    running = subprocess.run(["ps", "-wweo", "args="], capture_output=True, text=True).stdout
+    assert running.count(f"remote.fetcher {tmp_path}") == 1
+    barrier.wait(60)
+    assert [results.get(timeout=30) for _ in range(8)] == [content] * 8
+    for worker in workers:
+        worker.join(30)
+    assert storage.content("manifest.json") == content  # the worker's fetcher has ended with it
+    (folder,) = _fetchers(tmp_path / "t")
+    end_fetchers()
+    link._remove(str(folder), os.getpid())  # as it is when this process ends
+    assert not _fetchers(tmp_path / "t")

@@ -155,7 +155,8 @@ def serve(connection: Connection, answer: Callable[[dict[str, Any], bytes | None
 def _end_with_the_last() -> None:
     """Those who ask hold the other end of standard input; it closes when the last of them is gone, however it went."""
     sys.stdin.buffer.read()
-    shutil.rmtree(Path(sys.argv[1]).parent, ignore_errors=True)
+    if "--restarted" not in sys.argv:  # else others may be about to start the next one there
+        shutil.rmtree(Path(sys.argv[1]).parent, ignore_errors=True)
     os._exit(0)
 
 

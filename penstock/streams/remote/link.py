@@ -1,18 +1,24 @@
 """The connection to the fetcher: one for each process and thread, all to the fetcher that a process started first."""
 
+import atexit
+import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from multiprocessing.connection import Client, Connection
+from pathlib import Path
 from typing import Any, ClassVar
 
 from penstock.errors import InputError
 from penstock.streams.remote.options import Remote
 
+LONGEST = 60  # characters of a temporary folder in which the path of a socket fits into its 108
+GONE = (ConnectionError, FileNotFoundError)
 STARTS = 4  # times that a request is sent to a fetcher, of which each may be killed
 
 
@@ -59,15 +65,17 @@ class Link:
         who = os.getpid(), threading.get_ident()
         if who not in self._connections:
             with self._lock:
-                if self.socket is None:
-                    self.socket = _start(self.settings)
-            try:
-                self._connections[who] = Client(self.socket, "AF_UNIX")
-            except OSError:
-                with self._lock:
-                    self.socket = _start(self.settings)
-                self._connections[who] = Client(self.socket, "AF_UNIX")
+                self._connections[who] = self._connect()
         return self._connections[who]
+
+    def _connect(self) -> Connection:
+        if self.socket is None or not Path(self.socket).parent.is_dir():
+            self.socket = _start_anew(self.settings)
+            return Client(self.socket, "AF_UNIX")
+        try:
+            return Client(self.socket, "AF_UNIX")
+        except GONE:
+            return _restarted(self.settings, self.socket)
 
     def _forget(self) -> None:
         connection = self._connections.pop((os.getpid(), threading.get_ident()), None)
@@ -81,12 +89,41 @@ def _link(settings: str, socket: str | None) -> Link:
     return link
 
 
-def _start(settings: str) -> str:
+def _start_anew(settings: str) -> str:
     """Start a fetcher; returns the path of its socket, in a folder that only this user can enter."""
-    folder = tempfile.mkdtemp(prefix="penstock-", dir="/tmp" if len(tempfile.gettempdir()) > 60 else None)
-    socket = os.path.join(folder, "fetcher")  # noqa: PTH118
+    folder = tempfile.mkdtemp(prefix="penstock-", dir="/tmp" if len(tempfile.gettempdir()) > LONGEST else None)
+    atexit.register(_remove, folder, os.getpid())
+    try:
+        _start(settings, f"{folder}/fetcher")
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return f"{folder}/fetcher"
+
+
+def _restarted(settings: str, socket: str) -> Connection:
+    """A connection to the fetcher in place of one that was killed; one of those who ask for it starts it."""
+    with Path(f"{socket}.lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            return Client(socket, "AF_UNIX")
+        except GONE:
+            Path(socket).unlink(missing_ok=True)
+            _start(settings, socket, "--restarted")
+            return Client(socket, "AF_UNIX")
+
+
+def _remove(folder: str, owner: int) -> None:
+    """Remove a fetcher's folder when the process ends that made it."""
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(settings: str, socket: str, *options: str) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "penstock.streams.remote.fetcher", socket], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-m", "penstock.streams.remote.fetcher", socket, *options],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     assert process.stdin and process.stdout
     process.stdin.write(settings.encode() + b"\n")
@@ -100,7 +137,6 @@ def _start(settings: str) -> str:
     if "error" in said:
         raise InputError(said["error"])
     _processes.append(process)
-    return socket
 
 
 _processes: list[subprocess.Popen] = []  # kept, as a fetcher ends when its standard input closes
