@@ -285,7 +285,8 @@ def _agree_on_plan(storage: Storage, source: Source, items: list[tuple[str, Item
     most = max(1, min(request.shard_samples, int(request.shard_bytes / sample)))
     shards = -(-len(items) // most)
     plan = wanted | {"samples_per_shard": -(-len(items) // shards)}
-    storage.write(PLAN, json.dumps(plan).encode())
+    if not storage.create(PLAN, json.dumps(plan).encode()):  # another pack was faster
+        return _agree_on_plan(storage, source, items, request)
     return plan
 
 

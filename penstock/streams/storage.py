@@ -95,6 +95,9 @@ class Storage(Protocol):
     def write(self, name: str, content: bytes | Path) -> None:
         """Put a file there, whole or not at all; from memory, or from a local file."""
 
+    def create(self, name: str, content: bytes) -> bool:
+        """Put a small file there unless there is one; False where there is. Of use where no folder can be claimed."""
+
     def remove(self, name: str) -> None:
         """Take a file away, if it is there."""
 
@@ -202,6 +205,12 @@ class LocalStorage:
             else:
                 with content.open("rb") as source:
                     shutil.copyfileobj(source, file)
+
+    def create(self, name: str, content: bytes) -> bool:
+        if (self.folder / name).exists():
+            return False
+        self.write(name, content)
+        return True
 
     def ahead(self, requests: list[dict[str, Any]]) -> None:
         pass

@@ -617,3 +617,31 @@ def test_a_recipe_keeps_no_credential(tmp_path, capsys):
     code = stage("pretrain", Pretrain, lambda _: pytest.fail("a run was started"), [str(recipe), "--check"])
     said = "".join(capsys.readouterr())
     assert code == INPUT_WRONG and "data.train" in said and "credential" in said and "hunter2" not in said
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_two_packs_that_begin_at_once_agree_on_one_plan(bucket, tmp_path, monkeypatch, same, capsys):
+    from penstock.streams import pack as packing
+
+    images, measure = trees(tmp_path / "images"), packing._sample_bytes
+    monkeypatch.setenv("PENSTOCK_CACHE", str(tmp_path / f"cache{same}"))
+    command = ["shards", "pack", str(images), f"s3://bucket/race{same}", "--workers", "1", "--samples-per-shard"]
+    codes = []
+
+    def other_is_faster(*asked):
+        monkeypatch.setattr(packing, "_sample_bytes", measure)
+        bucket.spoil("403", r"PUT .*\.tar")  # it gets no further than its plan for now
+        codes.append(main([*command, "4" if same else "5"]))
+        return measure(*asked)
+
+    monkeypatch.setattr(packing, "_sample_bytes", other_is_faster)
+    codes.append(main([*command, "4"]))
+    assert codes == [INPUT_WRONG, DONE if same else INPUT_WRONG]
+    assert ("shard_samples differ" in capsys.readouterr().err) is not same
+
+
+def test_a_store_without_conditions_is_written_without(bucket):
+    storage = open_storage("s3://bucket/plain")
+    bucket.spoil("501", "PUT .*plain/a")
+    assert storage.create("a", b"1") and not storage.create("a", b"2")
+    assert storage.content("a") == b"1"

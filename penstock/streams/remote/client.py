@@ -134,6 +134,9 @@ class RemoteStorage:
         else:
             self.ask("put", name=name, path=str(content.absolute()))
 
+    def create(self, name: str, content: bytes) -> bool:
+        return self.ask("create", payload=content, name=name)[0]["created"]
+
     def remove(self, name: str) -> None:
         self.ask("remove", name=name)
 

@@ -80,6 +80,9 @@ class Fetcher:
         self.store(address).put(name, payload if path is None else Path(path))
         return {}, None
 
+    def do_create(self, address: str, name: str, payload: bytes) -> Answer:
+        return {"created": self.store(address).create(name, payload)}, None
+
     def do_remove(self, address: str, name: str) -> Answer:
         self.store(address).remove(name)
         return {}, None

@@ -149,6 +149,24 @@ class Store:
             raise Unusable(f"{self.address}: nothing can be written to a web server; write s3://, gs:// or az://")
         self._tried(name, lambda: self._client.put(name, content, chunk_size=PART, max_concurrency=8))
 
+    def create(self, name: str, content: bytes) -> bool:
+        """Store a small object unless there is one; False where there is. A store without such requests overwrites."""
+
+        def once() -> bool:
+            try:
+                self._client.put(name, content, mode="create")
+            except Exception as error:
+                kind = type(error).__name__
+                if kind == "NotSupportedError" or re.search(r"status code: 501\b", _brief(error)):
+                    self._client.put(name, content)
+                elif kind == "AlreadyExistsError":
+                    return False
+                else:
+                    raise
+            return True
+
+        return self._tried(name, once)
+
     def remove(self, name: str) -> None:
         with contextlib.suppress(Missing):
             self._tried(name, lambda: self._client.delete(name))
