@@ -17,9 +17,9 @@ from penstock import distributed
 from penstock.augment import AUGMENTATIONS, Boxed
 from penstock.errors import InputError
 from penstock.recipe import flatten
-from penstock.streams.atomic import replacing
-from penstock.streams.manifest import MANIFEST, Manifest
 from penstock.streams.reader import ShardReader
+from penstock.streams.sets.atomic import replacing
+from penstock.streams.sets.manifest import MANIFEST, Manifest
 from penstock.streams.sidecar import PackedSidecar
 
 if TYPE_CHECKING:

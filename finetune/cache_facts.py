@@ -10,7 +10,7 @@ from finetune.cache_writer import Pool
 from penstock.keyed import key
 from penstock.splitmix import splitmix64_array
 from penstock.streams.loader import Micro, assemble
-from penstock.streams.storage import Fault
+from penstock.streams.sets.storage import Fault
 
 SAMPLED = 20_000  # images whose answers are counted
 CHECKED = 0xC4EC << 44  # the stream of random numbers that picks the views which are checked

@@ -21,11 +21,11 @@ from penstock.errors import InputError, RunFailed
 from penstock.progress import Meter, progress
 from penstock.schedule import knobs_of
 from penstock.streams.batch import Batch
-from penstock.streams.claim import LOCK, claimed, full_disk_said
 from penstock.streams.images import Images
-from penstock.streams.index import Indexed, collect, load_records
 from penstock.streams.loader import Micro, open_loader
-from penstock.streams.manifest import MANIFEST, Manifest, Shard
+from penstock.streams.sets.claim import LOCK, claimed, full_disk_said
+from penstock.streams.sets.index import Indexed, collect, load_records
+from penstock.streams.sets.manifest import MANIFEST, Manifest, Shard
 from penstock.streams.sidecar import finished, is_there, remove, write_shard
 
 WAIT = 0.5  # seconds between looks at whether the other ranks are done

@@ -22,7 +22,7 @@ from penstock.stage import exit_code
 if TYPE_CHECKING:
     from finetune.cache_facts import Checked
     from finetune.cache_writer import Pool, Written
-    from penstock.streams.manifest import Shard
+    from penstock.streams.sets.manifest import Shard
 
 BATCH = 128  # views that the teacher sees at once
 TOP = 50  # classes kept where there are more than ALL

@@ -14,7 +14,7 @@ def count(text: str) -> int:
 def place(text: str) -> Path | str:
     """Where a set lies: a folder as a Path, or an address of an object store; a `type` of argparse."""
     from penstock.errors import InputError
-    from penstock.streams.storage import open_storage
+    from penstock.streams.sets.storage import open_storage
 
     try:
         return text if open_storage(text).fetches else Path(text)

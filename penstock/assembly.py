@@ -24,7 +24,7 @@ from penstock.signals import Stop
 from penstock.stage import Recipe, save_recipe, since_launch
 from penstock.streams.data import Data
 from penstock.streams.evaluation import EvalStream
-from penstock.streams.mixture import labelled, places_of
+from penstock.streams.positions.mixture import labelled, places_of
 from penstock.streams.sidecar import Sidecar
 from penstock.streams.train import TrainStream
 from penstock.task import Task

@@ -11,7 +11,7 @@ from penstock.errors import INPUT_WRONG, STOPPED, InputError
 from penstock.evaluate import _commands as evaluate
 from penstock.evaluate import _students as students
 from penstock.formats import _commands as formats
-from penstock.streams import commands as shards
+from penstock.streams.sets import commands as shards
 from penstock.tracking import commands as tracking
 
 PIPE_CLOSED = 1  # as rich ends a program then

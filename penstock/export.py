@@ -24,7 +24,7 @@ from penstock.backbones import Backbone
 from penstock.backbones.weights import CONFIG_FILE, WEIGHTS_FILE
 from penstock.errors import InputError
 from penstock.head import Head, set_linear
-from penstock.streams.atomic import sync_folder
+from penstock.streams.sets.atomic import sync_folder
 
 HEAD_FILE = "head.safetensors"
 

@@ -17,7 +17,7 @@ from penstock.schedule import Duration, Length, Tick
 from penstock.streams.data import Data
 from penstock.streams.evaluation import EvalStream
 from penstock.streams.images import Images
-from penstock.streams.manifest import Manifest
+from penstock.streams.sets.manifest import Manifest
 from penstock.streams.stages import After
 from penstock.tracking import Tracker
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from penstock.errors import InputError, nearest
 from penstock.mistakes import mistake
 from penstock.registry import Registry
-from penstock.streams.remote.address import redacted
+from penstock.streams.sets.remote.address import redacted
 
 DEFAULT, COMMAND_LINE = "default", "command line"
 

@@ -22,8 +22,8 @@ from penstock.optim import Optim
 from penstock.recipe import DEFAULT, Block, Rule, Source, check, load, one_of, resolved, several_of, to_yaml
 from penstock.schedule import Duration, Length, knobs_of
 from penstock.streams.data import Data
-from penstock.streams.manifest import Manifest
-from penstock.streams.storage import is_remote
+from penstock.streams.sets.manifest import Manifest
+from penstock.streams.sets.storage import is_remote
 from penstock.tracking import Tracker
 
 PATIENCE = 3.0  # seconds that other ranks leave rank 0 to say what is wrong

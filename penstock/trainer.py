@@ -17,9 +17,9 @@ from penstock.progress import progress
 from penstock.schedule import Clock, Curves, Tick
 from penstock.signals import Stop
 from penstock.streams.batch import Batch
-from penstock.streams.digest import digest_of
 from penstock.streams.faults import FaultLog
-from penstock.streams.ledger import Ledger
+from penstock.streams.positions.digest import digest_of
+from penstock.streams.positions.ledger import Ledger
 from penstock.streams.train import TrainStream
 from penstock.tracking import Tracker
 

@@ -17,7 +17,7 @@ from penstock.augment.standard import Standard
 from penstock.schedule import Clock
 from penstock.streams.batch import Batch
 from penstock.streams.data import Data
-from penstock.streams.manifest import Manifest
+from penstock.streams.sets.manifest import Manifest
 from penstock.streams.train import TrainStream
 from tests.shards import write_set
 from tests.trees import image_bytes

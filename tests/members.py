@@ -14,7 +14,7 @@ from penstock.augment.none import NoAugmentation
 from penstock.schedule import Clock
 from penstock.streams.batch import Batch
 from penstock.streams.data import Data
-from penstock.streams.foreign import index_folder
+from penstock.streams.sets.foreign import index_folder
 from penstock.streams.train import TrainStream
 from tests.shards import number_of, pixels_of, png
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from penstock.streams.remote import link
+from penstock.streams.sets.remote import link
 
 KEY, SECRET = "AKIATESTSTESTSTEST01", "secret/of+the/tests0123456789abcdefghijk"
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from penstock.splitmix import splitmix64
-from penstock.streams.manifest import Manifest, Shard
+from penstock.streams.sets.manifest import Manifest, Shard
 
 
 def key_of(number: int) -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from penstock.streams.manifest import Manifest
-from penstock.streams.pack import Packed, Request, pack
-from penstock.streams.sources import Options, open_source
+from penstock.streams.sets.manifest import Manifest
+from penstock.streams.sets.pack import Packed, Request, pack
+from penstock.streams.sets.sources import Options, open_source
 
 
 def image_bytes(seed: int, kind: str = "JPEG", size: tuple[int, int] = (24, 16), mode: str = "RGB") -> bytes:

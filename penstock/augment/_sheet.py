@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from penstock.errors import InputError
-from penstock.streams.atomic import replacing
+from penstock.streams.sets.atomic import replacing
 
 CELL, LINE, MARGIN = 144, 15, 8  # pixels
 PAPER, INK, FAULT = "white", "black", "#b00020"

@@ -14,7 +14,7 @@ from torch.utils import _pytree as tree
 
 from penstock.backbones.weights import CONFIG_FILE
 from penstock.errors import InputError
-from penstock.streams.atomic import sync_folder
+from penstock.streams.sets.atomic import sync_folder
 
 FOLDED_FILE = "model-folded.safetensors"
 Structure = list[tuple[str, str]]  # names of (convolution or linear layer, batch norm folded into it)

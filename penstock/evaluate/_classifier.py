@@ -23,7 +23,7 @@ from penstock.evaluate._predictions import write_predictions
 from penstock.export import Classifier, load_classifier
 from penstock.streams.evaluation import EvalStream
 from penstock.streams.images import Images
-from penstock.streams.manifest import Manifest
+from penstock.streams.sets.manifest import Manifest
 
 WORST = 5  # classes named in the table
 

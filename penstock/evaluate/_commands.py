@@ -10,7 +10,7 @@ from penstock.errors import DONE, InputError
 
 if TYPE_CHECKING:
     from penstock.backbones import Backbone
-    from penstock.streams.manifest import Manifest
+    from penstock.streams.sets.manifest import Manifest
 
 DESCRIPTION = """Measure an export. A classifier: its accuracy and calibration, with and without the temperature in
 the export (fitted to half of its run's own validation set), on images prepared as the export says. A backbone, or with
@@ -79,7 +79,7 @@ def _evaluate_features(args: argparse.Namespace, export: Path | None) -> int:
     from penstock.health import alarms
     from penstock.streams.evaluation import EvalStream
     from penstock.streams.images import Images
-    from penstock.streams.manifest import Manifest
+    from penstock.streams.sets.manifest import Manifest
 
     manifests = {name: Manifest.load(folder) for name, folder in folders.items()}
     _check_labels(manifests)

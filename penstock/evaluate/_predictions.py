@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from penstock.evaluate._features import FeatureSet
-from penstock.streams.atomic import replacing
+from penstock.streams.sets.atomic import replacing
 
 
 def write_predictions(path: Path, answers: FeatureSet) -> None:

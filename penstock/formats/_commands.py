@@ -59,7 +59,7 @@ def _forms(text: str) -> tuple[str, ...]:
 def _export(args: argparse.Namespace) -> int:
     from penstock.export import export_folder, read_about
     from penstock.formats.write import export_forms
-    from penstock.streams.manifest import Manifest
+    from penstock.streams.sets.manifest import Manifest
 
     if "onnx" in args.to or args.int8 is not None:
         from penstock.formats.onnx import need

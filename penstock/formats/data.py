@@ -10,7 +10,7 @@ from penstock.errors import InputError
 from penstock.formats.about import About
 from penstock.streams.evaluation import EvalStream
 from penstock.streams.images import Images
-from penstock.streams.manifest import Manifest
+from penstock.streams.sets.manifest import Manifest
 
 
 def batches(

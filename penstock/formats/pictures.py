@@ -8,9 +8,9 @@ import numpy as np
 
 from penstock.errors import InputError
 from penstock.streams.decode import DecodeError, decode
-from penstock.streams.encoded import is_image_name
 from penstock.streams.images import Images
-from penstock.streams.manifest import MANIFEST, Manifest
+from penstock.streams.sets.encoded import is_image_name
+from penstock.streams.sets.manifest import MANIFEST, Manifest
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from penstock.formats import data, torch_export
 from penstock.formats.compare import EXPORTED, Agreement, Answers, check, compare, latencies
 from penstock.formats.load import Model, open_model
 from penstock.formats.network import load_network
-from penstock.streams.atomic import replacing
-from penstock.streams.manifest import Manifest
+from penstock.streams.sets.atomic import replacing
+from penstock.streams.sets.manifest import Manifest
 
 CHECKED = 64  # images that a form is compared on before it is kept
 TIMED = (1, 32)  # batch sizes

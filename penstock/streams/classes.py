@@ -3,8 +3,8 @@
 from penstock.class_names import check_classes
 from penstock.errors import InputError
 from penstock.streams.data import Data
-from penstock.streams.manifest import Manifest
-from penstock.streams.mixture import open_reader
+from penstock.streams.positions.mixture import open_reader
+from penstock.streams.sets.manifest import Manifest
 
 
 def class_names(data: Data) -> tuple[str, ...]:

@@ -9,11 +9,11 @@ from pydantic import Field, field_validator, model_validator
 from penstock.errors import InputError
 from penstock.recipe import Block
 from penstock.streams.extras import check_names, check_present
-from penstock.streams.manifest import Manifest
-from penstock.streams.mixture import Train, check_sets, open_part, open_reader, open_sets, places_of
-from penstock.streams.part import parse_labels
-from penstock.streams.remote.options import Remote
-from penstock.streams.storage import Address, is_remote
+from penstock.streams.positions.mixture import Train, check_sets, open_part, open_reader, open_sets, places_of
+from penstock.streams.positions.part import parse_labels
+from penstock.streams.sets.manifest import Manifest
+from penstock.streams.sets.remote.options import Remote
+from penstock.streams.sets.storage import Address, is_remote
 
 
 class Data:

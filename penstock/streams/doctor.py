@@ -19,12 +19,12 @@ from penstock.streams import timing
 from penstock.streams.batch import Batch
 from penstock.streams.data import Data
 from penstock.streams.decode import DecodeError, decode_plan, decode_smaller
-from penstock.streams.encoded import image_format, image_size
-from penstock.streams.jobs import available_cores
 from penstock.streams.loader import generators_kept, need_of_views
-from penstock.streams.manifest import Manifest
-from penstock.streams.sources.smaller import smaller
-from penstock.streams.storage import Fault
+from penstock.streams.sets.encoded import image_format, image_size
+from penstock.streams.sets.jobs import available_cores
+from penstock.streams.sets.manifest import Manifest
+from penstock.streams.sets.sources.smaller import smaller
+from penstock.streams.sets.storage import Fault
 from penstock.streams.train import TrainStream
 
 BATCH = 32

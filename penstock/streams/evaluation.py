@@ -12,7 +12,7 @@ from penstock.splitmix import key
 from penstock.streams.batch import Batch
 from penstock.streams.images import Images
 from penstock.streams.loader import Micro, open_loader
-from penstock.streams.order import permutation
+from penstock.streams.positions.order import permutation
 from penstock.streams.stages import After
 
 SUBSET_KEY = 0x5B5E7 << 44

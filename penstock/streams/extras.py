@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from penstock.errors import InputError
-from penstock.streams.encoded import EXTENSIONS
-from penstock.streams.index import EXTRA, SUFFIX
 from penstock.streams.reader import ShardReader
-from penstock.streams.storage import Fault
+from penstock.streams.sets.encoded import EXTENSIONS
+from penstock.streams.sets.index import EXTRA, SUFFIX
+from penstock.streams.sets.storage import Fault
 
 TEXTS = {"txt", "text", "caption"}
 KINDS = "txt, text or caption (text), json, cls (a number), npy (an array), png, jpg, jpeg or webp (pixels)"

@@ -12,10 +12,10 @@ import numpy as np
 from penstock.augment import Whole
 from penstock.errors import InputError
 from penstock.streams.decode import DecodeError, NeedOf, decode, decode_smaller
-from penstock.streams.manifest import Manifest
-from penstock.streams.mixture import open_reader
+from penstock.streams.positions.mixture import open_reader
 from penstock.streams.reader import ShardReader
-from penstock.streams.storage import Fault
+from penstock.streams.sets.manifest import Manifest
+from penstock.streams.sets.storage import Fault
 from penstock.streams.timing import DECODE, READ
 
 

@@ -26,9 +26,9 @@ from penstock.streams.batch import Batch
 from penstock.streams.decode import ALL, Need
 from penstock.streams.handover import room_for
 from penstock.streams.images import Images, Sample
+from penstock.streams.sets.storage import Fault
 from penstock.streams.sidecar import Sidecar
 from penstock.streams.stages import After
-from penstock.streams.storage import Fault
 from penstock.streams.timing import AUGMENT, SAMPLES, since
 
 POOL = 0x9001 << 44  # keys of a fixed pool's views begin with it, which no position does

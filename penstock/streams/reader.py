@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from penstock.errors import InputError
-from penstock.streams.index import EXTRA, is_index
-from penstock.streams.manifest import Manifest, Shard
-from penstock.streams.storage import Fault, File
+from penstock.streams.sets.index import EXTRA, is_index
+from penstock.streams.sets.manifest import Manifest, Shard
+from penstock.streams.sets.storage import Fault, File
 from penstock.streams.timing import BYTES
 
 REMEDY = "; copy or pack the set again, or see `penstock shards verify`"
@@ -87,7 +87,7 @@ class ShardReader:
         )
 
     def row(self, shard: int, sample: int) -> np.void:
-        """All that the index knows of a sample (`penstock.streams.index`)."""
+        """All that the index knows of a sample (`penstock.streams.sets.index`)."""
         return self._opened(shard).index[sample]
 
     def names(self, shard: int) -> tuple[str, ...]:

@@ -13,8 +13,9 @@ from typing import Protocol
 import numpy as np
 
 from penstock.errors import InputError
-from penstock.streams.atomic import sync_folder, temporary, written
-from penstock.streams.index import (
+from penstock.streams.reader import ShardReader
+from penstock.streams.sets.atomic import sync_folder, temporary, written
+from penstock.streams.sets.index import (
     Indexed,
     index_name,
     index_tar,
@@ -24,10 +25,9 @@ from penstock.streams.index import (
     sample_id,
     walk_samples,
 )
-from penstock.streams.manifest import Manifest
-from penstock.streams.reader import ShardReader
-from penstock.streams.storage import Fault
-from penstock.streams.tar import TarError
+from penstock.streams.sets.manifest import Manifest
+from penstock.streams.sets.storage import Fault
+from penstock.streams.sets.tar import TarError
 
 MEMBER = "answers.npy"
 

@@ -29,7 +29,7 @@ from penstock.streams.batch import Batch
 from penstock.streams.extras import Extras
 from penstock.streams.faults import DROPPED
 from penstock.streams.kinds import Kinds
-from penstock.streams.storage import Fault
+from penstock.streams.sets.storage import Fault
 from penstock.streams.timing import AUGMENT, READ, since
 
 if TYPE_CHECKING:

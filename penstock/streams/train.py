@@ -11,11 +11,11 @@ from penstock.schedule import Clock, knobs_of, value_at
 from penstock.streams.batch import Batch
 from penstock.streams.data import Data
 from penstock.streams.extras import check_present
-from penstock.streams.identity import differences
 from penstock.streams.images import Images
 from penstock.streams.loader import Micro, open_loader
-from penstock.streams.mixture import open_part, open_sets
-from penstock.streams.mixture_order import Course
+from penstock.streams.positions.identity import differences
+from penstock.streams.positions.mixture import open_part, open_sets
+from penstock.streams.positions.mixture_order import Course
 from penstock.streams.sidecar import Sidecar
 from penstock.streams.stages import After, Stage
 

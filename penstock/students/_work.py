@@ -14,7 +14,7 @@ from penstock.evaluate._features import FeatureSet
 from penstock.export import Classifier, load_classifier
 from penstock.machine import facts
 from penstock.paired import METRICS, Comparison, Predictions
-from penstock.streams.manifest import Manifest
+from penstock.streams.sets.manifest import Manifest
 from penstock.students._networks import ALONE, DISTILLED, TEACHER, Entry, Group, Network, entry, same_classes, taught_by
 from penstock.students._report import Gain, Report, Row
 

@@ -1,6 +1,7 @@
 """CPU seconds of this process and of a side's own worker processes."""
 
 import time
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -8,7 +9,8 @@ def children() -> set[int]:
     """Processes that this one started and that still run."""
     found: set[int] = set()
     for task in Path("/proc/self/task").iterdir():
-        found |= {int(pid) for pid in (task / "children").read_text().split()}
+        with suppress(FileNotFoundError):  # a thread that has ended meanwhile
+            found |= {int(pid) for pid in (task / "children").read_text().split()}
     return found
 
 

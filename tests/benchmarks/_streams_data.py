@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from penstock.streams.jobs import available_cores
-from penstock.streams.pack import Request, pack
-from penstock.streams.sources import Options, open_source
+from penstock.streams.sets.jobs import available_cores
+from penstock.streams.sets.pack import Request, pack
+from penstock.streams.sets.sources import Options, open_source
 
 ENLARGED, GRAIN, QUALITY = 3, 6.0, 90  # factor, standard deviation in grey levels, JPEG
 

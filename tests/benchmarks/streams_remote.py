@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from penstock.streams.manifest import MANIFEST, Manifest
-from penstock.streams.order import Order
-from penstock.streams.pack import Request, pack
+from penstock.streams.positions.order import Order
 from penstock.streams.reader import ShardReader
-from penstock.streams.remote.options import Remote
-from penstock.streams.sources import Options, open_source
+from penstock.streams.sets.manifest import MANIFEST, Manifest
+from penstock.streams.sets.pack import Request, pack
+from penstock.streams.sets.remote.options import Remote
+from penstock.streams.sets.sources import Options, open_source
 
 WORKERS = 2
 

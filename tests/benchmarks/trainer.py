@@ -27,7 +27,7 @@ from penstock.optim import Optim
 from penstock.schedule import Clock, Curves, Length, Tick
 from penstock.signals import Stop
 from penstock.streams.batch import Batch
-from penstock.streams.mixture_order import Course, Served
+from penstock.streams.positions.mixture_order import Course, Served
 from penstock.tracking import Tracker
 from penstock.trainer import Run, fit
 from pretrain.methods.mae import MAE

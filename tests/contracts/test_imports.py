@@ -19,7 +19,7 @@ ONLY = {
     "deepspeed": "penstock/engine",
     "mlflow": "penstock/tracking/mirror.py",
     "webdataset": "penstock/streams/",
-    "obstore": "penstock/streams/remote/store.py",  # whose process nobody forks
+    "obstore": "penstock/streams/sets/remote/store.py",  # whose process nobody forks
     "onnx": "penstock/formats/",
     "onnxscript": "penstock/formats/",
     "onnxruntime": "penstock/formats/",
@@ -141,7 +141,7 @@ def test_each_rule_is_noticed_when_broken(tmp_path, path, source):
     [
         ("penstock/engine_state.py", "import deepspeed"),
         ("penstock/tracking/mirror.py", "import mlflow"),
-        ("penstock/streams/pack.py", "import webdataset"),
+        ("penstock/streams/sets/pack.py", "import webdataset"),
         ("penstock/formats/int8.py", "import onnx, onnxruntime"),
         ("pretrain/run.py", "from penstock.assembly import run"),
         ("launch/local.py", "from penstock.recipe import load\nfrom launch import demo\nimport rich"),

@@ -9,10 +9,10 @@ from penstock.augment.none import NoAugmentation
 from penstock.errors import InputError
 from penstock.schedule import Clock, Linear
 from penstock.streams.data import Data
-from penstock.streams.digest import digest_of
 from penstock.streams.faults import FaultLog
-from penstock.streams.ledger import Ledger, read_ledger
-from penstock.streams.manifest import Manifest
+from penstock.streams.positions.digest import digest_of
+from penstock.streams.positions.ledger import Ledger, read_ledger
+from penstock.streams.sets.manifest import Manifest
 from penstock.streams.train import TrainStream
 from tests.shards import damage, key_of, write_set
 

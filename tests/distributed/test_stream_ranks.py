@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from penstock.errors import InputError
-from penstock.streams.digest import EpochDigest
 from penstock.streams.faults import FaultLog
-from penstock.streams.ledger import Ledger, read_ledger
+from penstock.streams.positions.digest import EpochDigest
+from penstock.streams.positions.ledger import Ledger, read_ledger
 from tests.shards import damage, key_of, write_set
 from tests.unit.test_train_stream import stream
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from penstock.streams.ledger import read_ledger
-from penstock.streams.where import places
+from penstock.streams.positions.ledger import read_ledger
+from penstock.streams.positions.where import places
 from tests.runs.runner import FINETUNE, finish, history, kill, start, wait_for_step
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock.streams.ledger import read_ledger
+from penstock.streams.positions.ledger import read_ledger
 from tests.runs.runner import RECIPE, finish, history, kill, ranks_of, start, wait_for_step
 
 STEPS, BATCH, SAMPLES = 24, 32, 200

@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from penstock.streams.ledger import read_ledger
+from penstock.streams.positions.ledger import read_ledger
 from penstock.tracking.journal import read_lines
 from tests.runs.runner import history
 from tests.slurm.cluster import Cluster, until

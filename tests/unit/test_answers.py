@@ -27,10 +27,10 @@ from penstock.errors import InputError, RunFailed
 from penstock.export import export_classifier
 from penstock.head import Head
 from penstock.mixing import Mixing
-from penstock.streams.index import load_records
 from penstock.streams.loader import _joined, assemble
-from penstock.streams.manifest import MANIFEST, Manifest
 from penstock.streams.reader import Fault
+from penstock.streams.sets.index import load_records
+from penstock.streams.sets.manifest import MANIFEST, Manifest
 from penstock.streams.sidecar import shard_name
 from tests import cached, distillation
 from tests.cached import CLASSES, SIZES, VIEWS

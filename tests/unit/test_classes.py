@@ -9,7 +9,7 @@ import pytest
 from penstock.errors import InputError
 from penstock.streams.classes import class_names
 from penstock.streams.data import Data
-from penstock.streams.manifest import MANIFEST, Manifest
+from penstock.streams.sets.manifest import MANIFEST, Manifest
 from tests.shards import key_of, write_set
 
 

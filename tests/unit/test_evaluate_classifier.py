@@ -19,7 +19,7 @@ from penstock.cli import main
 from penstock.errors import DONE, INPUT_WRONG
 from penstock.export import read_about
 from penstock.recipe import Source, check
-from penstock.streams.manifest import Manifest
+from penstock.streams.sets.manifest import Manifest
 from tests.runs.runner import history
 from tests.shards import damage, write_set
 

@@ -20,9 +20,9 @@ from penstock.errors import InputError
 from penstock.streams import extras
 from penstock.streams.data import Data
 from penstock.streams.images import Images
-from penstock.streams.manifest import Manifest
 from penstock.streams.reader import ShardReader
-from penstock.streams.remote.options import Remote
+from penstock.streams.sets.manifest import Manifest
+from penstock.streams.sets.remote.options import Remote
 from tests.members import EXTRA, TOTAL, members_of, npy, same, slots, stream, take, write_set
 from tests.remote import Wire
 from tests.shards import png

@@ -19,7 +19,7 @@ from penstock.export import Classifier, load_classifier
 from penstock.recipe import Source, check
 from penstock.stage import main
 from penstock.streams.images import Images
-from penstock.streams.manifest import Manifest
+from penstock.streams.sets.manifest import Manifest
 from tests.shards import pixels_of, png, write_set
 
 VALIDATION = 53  # images: an odd number for two ranks

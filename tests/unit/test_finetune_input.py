@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from finetune.recipe import Finetune
 from penstock.errors import DONE, INPUT_WRONG
 from penstock.stage import main
-from penstock.streams.manifest import Manifest
+from penstock.streams.sets.manifest import Manifest
 from tests.shards import write_set
 
 RECIPE = """

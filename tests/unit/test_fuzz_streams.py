@@ -20,13 +20,13 @@ import torch
 from penstock.augment.none import NoAugmentation
 from penstock.errors import InputError
 from penstock.streams.decode import DecodeError, decode
-from penstock.streams.foreign import index_folder
 from penstock.streams.images import Images
-from penstock.streams.index import read_records
 from penstock.streams.loader import Micro, assemble
-from penstock.streams.manifest import Manifest
-from penstock.streams.tar import TarError
-from penstock.streams.verify import verify, verify_shard
+from penstock.streams.sets.foreign import index_folder
+from penstock.streams.sets.index import read_records
+from penstock.streams.sets.manifest import Manifest
+from penstock.streams.sets.tar import TarError
+from penstock.streams.sets.verify import verify, verify_shard
 from tests import fuzz
 from tests.shards import pixels_of, png
 from tests.trees import image_bytes

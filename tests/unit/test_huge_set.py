@@ -11,8 +11,8 @@ import pytest
 
 from penstock.errors import InputError
 from penstock.streams.images import Images
-from penstock.streams.manifest import Manifest, Shard
-from penstock.streams.storage import LocalFile, LocalStorage
+from penstock.streams.sets.manifest import Manifest, Shard
+from penstock.streams.sets.storage import LocalFile, LocalStorage
 from tests.benchmarks.billion import write_manifest
 from tests.fuzz import identity_of
 from tests.shards import write_set
@@ -21,8 +21,8 @@ from tests.unit.test_train_stream import stream
 LOCATE = """
 import resource, sys
 import numpy as np
-from penstock.streams.manifest import Manifest
-from penstock.streams.order import Order
+from penstock.streams.sets.manifest import Manifest
+from penstock.streams.positions.order import Order
 
 def highest():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from penstock.errors import InputError
-from penstock.streams.foreign import index_folder
-from penstock.streams.manifest import Manifest
-from penstock.streams.show import print_summary
-from penstock.streams.verify import verify
+from penstock.streams.sets.foreign import index_folder
+from penstock.streams.sets.manifest import Manifest
+from penstock.streams.sets.show import print_summary
+from penstock.streams.sets.verify import verify
 from tests.trees import fingerprints, image_bytes, read_plainly, write_tar
 
 JPG = image_bytes(1)
@@ -387,5 +387,7 @@ def test_diff_in_words_and_missing_files(tmp_path):
 
 
 def test_manifests_and_commands_need_no_torch():
-    code = "import sys, penstock.streams.manifest, penstock.streams.commands; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, penstock.streams.sets.manifest, penstock.streams.sets.commands; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -16,9 +16,9 @@ from PIL import Image
 
 from penstock.cli import main
 from penstock.errors import InputError
-from penstock.streams.foreign import index_folder
 from penstock.streams.images import Images
-from penstock.streams.manifest import Manifest
+from penstock.streams.sets.foreign import index_folder
+from penstock.streams.sets.manifest import Manifest
 from tests.shards import number_of, pixels_of, png
 from tests.trees import image_bytes, packed, read_plainly
 

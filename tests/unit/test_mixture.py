@@ -18,14 +18,14 @@ from penstock.errors import InputError
 from penstock.recipe import Block, Source, check
 from penstock.schedule import Clock, Linear, Step
 from penstock.streams.data import Data
-from penstock.streams.digest import digest_of
 from penstock.streams.evaluation import EvalStream
 from penstock.streams.images import Images
-from penstock.streams.manifest import Manifest
-from penstock.streams.mixture import labelled
-from penstock.streams.mixture_shares import Shares
+from penstock.streams.positions.digest import digest_of
+from penstock.streams.positions.mixture import labelled
+from penstock.streams.positions.mixture_shares import Shares
+from penstock.streams.positions.where import places
+from penstock.streams.sets.manifest import Manifest
 from penstock.streams.train import TrainStream
-from penstock.streams.where import places
 from tests.shards import damage, key_of, number_of, write_set
 
 SIZES = {"big": [20, 3, 0, 18], "small": [7], "wide": [9, 8]}  # 41, 7 and 17 samples

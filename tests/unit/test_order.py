@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from penstock.splitmix import key, splitmix64
-from penstock.streams.order import BLOCK_KEY, ORDER_VERSION, WINDOW_KEY, Order, permutation
+from penstock.streams.positions.order import BLOCK_KEY, ORDER_VERSION, WINDOW_KEY, Order, permutation
 
 GOLDEN = Path(__file__).parent / "golden_order_v1.json"
 SHAPES = [

@@ -20,9 +20,9 @@ from penstock.cli import main
 from penstock.errors import InputError
 from penstock.progress import progress
 from penstock.splitmix import splitmix64
-from penstock.streams import jobs
-from penstock.streams import pack as packing
-from penstock.streams.manifest import Manifest
+from penstock.streams.sets import jobs
+from penstock.streams.sets import pack as packing
+from penstock.streams.sets.manifest import Manifest
 from tests.trees import class_tree, fingerprints, image_bytes, packed, read_plainly
 
 

@@ -15,8 +15,8 @@ from penstock.recipe import Source, check
 from penstock.schedule import Linear
 from penstock.streams.decode import Need, decode_smaller
 from penstock.streams.loader import POOL
-from penstock.streams.manifest import Manifest
 from penstock.streams.reader import ShardReader
+from penstock.streams.sets.manifest import Manifest
 from pretrain.recipe import Pretrain
 from tests import cached
 from tests.cached import SIDE, VIEWS

@@ -22,7 +22,7 @@ from penstock.formats.load import open_model
 from penstock.formats.pictures import Picture, pictures
 from penstock.formats.predict import Prediction, predictions
 from penstock.formats.write import export_forms
-from penstock.streams.manifest import Manifest
+from penstock.streams.sets.manifest import Manifest
 from tests.exports import CLASSES, TEMPERATURE, VIT, coloured, write_classifier
 from tests.shards import damage, key_of, pixels_of, png, write_set
 from tests.unit.test_export import made

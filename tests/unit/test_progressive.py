@@ -12,10 +12,10 @@ from penstock.errors import InputError
 from penstock.schedule import Clock, Length, Linear, Step
 from penstock.streams.batch import Batch
 from penstock.streams.data import Data
-from penstock.streams.digest import EpochDigest
-from penstock.streams.manifest import Manifest
-from penstock.streams.part import Part, parse_labels
+from penstock.streams.positions.digest import EpochDigest
+from penstock.streams.positions.part import Part, parse_labels
 from penstock.streams.reader import ShardReader
+from penstock.streams.sets.manifest import Manifest
 from penstock.streams.train import TrainStream
 from tests.shards import write_set
 

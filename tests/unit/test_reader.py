@@ -12,8 +12,8 @@ import pytest
 from penstock.errors import InputError
 from penstock.streams import reader as reader_module
 from penstock.streams.images import Images
-from penstock.streams.manifest import Manifest
 from penstock.streams.reader import Fault, ShardReader
+from penstock.streams.sets.manifest import Manifest
 from tests.shards import damage, key_of, number_of, pixels_of, png, write_set
 
 SIZES = [7, 1, 12]

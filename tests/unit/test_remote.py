@@ -16,11 +16,11 @@ import pytest
 
 from penstock.cli import main
 from penstock.errors import DONE, INPUT_WRONG, InputError
-from penstock.streams.manifest import Manifest
 from penstock.streams.reader import Fault, ShardReader
-from penstock.streams.remote.address import place, redacted
-from penstock.streams.remote.options import Remote, parse_bytes
-from penstock.streams.storage import LocalStorage, is_remote, open_storage
+from penstock.streams.sets.manifest import Manifest
+from penstock.streams.sets.remote.address import place, redacted
+from penstock.streams.sets.remote.options import Remote, parse_bytes
+from penstock.streams.sets.storage import LocalStorage, is_remote, open_storage
 from tests.remote import KEY, SECRET, Wire, end_fetchers, environment, put, s3, upload
 from tests.shards import damage, write_set
 from tests.unit.test_train_stream import stream
@@ -127,9 +127,9 @@ def test_folders_stay_folders(tmp_path, monkeypatch):
 
 def test_nothing_of_a_client_is_loaded_for_folders(folder):
     source = (
-        "import sys; from penstock.streams.manifest import Manifest\n"
+        "import sys; from penstock.streams.sets.manifest import Manifest\n"
         f"Manifest.load({str(folder)!r}).check_files()\n"
-        "print([name for name in ('obstore', 'torch', 'penstock.streams.remote.client') if name in sys.modules])"
+        "print([name for name in ('obstore', 'torch', 'penstock.streams.sets.remote.client') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
@@ -240,8 +240,8 @@ def test_a_set_larger_than_the_cache_is_read_by_ranges(folder, web):
 
 
 def test_large_blocks_are_halved():
-    from penstock.streams.manifest import Shard
     from penstock.streams.reader import _begins
+    from penstock.streams.sets.manifest import Shard
 
     index = np.zeros(1000, dtype=[("offset", "<u8")])
     index["offset"] = 512 + np.arange(1000) * 1_000_000
@@ -444,7 +444,7 @@ def _fetchers_of(parent: int) -> list[int]:
 
 def test_a_fetcher_ends_with_who_asked_however_it_went(web):
     source = (
-        "import os, sys; from penstock.streams.manifest import Manifest\n"
+        "import os, sys; from penstock.streams.sets.manifest import Manifest\n"
         f"Manifest.load('{web.url}/data'); print('ready', flush=True); sys.stdin.read()"
     )
     process = subprocess.Popen([sys.executable, "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -621,7 +621,7 @@ def test_a_recipe_keeps_no_credential(tmp_path, capsys):
 
 @pytest.mark.parametrize("same", [True, False])
 def test_two_packs_that_begin_at_once_agree_on_one_plan(bucket, tmp_path, monkeypatch, same, capsys):
-    from penstock.streams import pack as packing
+    from penstock.streams.sets import pack as packing
 
     images, measure = trees(tmp_path / "images"), packing._sample_bytes
     monkeypatch.setenv("PENSTOCK_CACHE", str(tmp_path / f"cache{same}"))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from penstock.errors import InputError
-from penstock.streams.remote.cache import Cache, path_of
+from penstock.streams.sets.remote.cache import Cache, path_of
 
 
 def content(size: int, value: int = 1):

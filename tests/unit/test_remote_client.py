@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from penstock.errors import InputError
-from penstock.streams.index import load_records
-from penstock.streams.manifest import Manifest
 from penstock.streams.reader import ShardReader
-from penstock.streams.remote import link, upload
-from penstock.streams.remote.fetcher import Fetcher
-from penstock.streams.remote.options import Remote
-from penstock.streams.storage import open_storage
+from penstock.streams.sets.index import load_records
+from penstock.streams.sets.manifest import Manifest
+from penstock.streams.sets.remote import link, upload
+from penstock.streams.sets.remote.fetcher import Fetcher
+from penstock.streams.sets.remote.options import Remote
+from penstock.streams.sets.storage import open_storage
 from tests.remote import Wire, end_fetchers
 from tests.shards import write_set
 
@@ -73,7 +73,7 @@ def test_a_full_disk_for_copies_says_what_to_set(web, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("penstock.streams.remote.store.Store.download", full)
+    monkeypatch.setattr("penstock.streams.sets.remote.store.Store.download", full)
     fetcher = Fetcher(str(tmp_path / "cache"), 1 << 20, 0, 2.0)
     request = {"do": "copy", "address": f"{web.url}/data", "name": "a", "path": str(tmp_path / "a")}
     said = fetcher.answer(request, None)[0]["message"]
@@ -158,7 +158,7 @@ def test_a_member_that_is_nowhere_is_told_by_a_look_at_some_shards(web, tmp_path
 
 @pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_WEB_IDENTITY_TOKEN_FILE"])
 def test_a_word_that_is_a_key_too_may_be_in_an_address(monkeypatch, name):
-    from penstock.streams.remote.address import place, redacted
+    from penstock.streams.sets.remote.address import place, redacted
 
     monkeypatch.setenv(name, "testing")
     assert place("s3://testing-data/a").url == "s3://testing-data/a" == redacted("s3://testing-data/a")
@@ -167,7 +167,7 @@ def test_a_word_that_is_a_key_too_may_be_in_an_address(monkeypatch, name):
 
 
 def test_a_secret_in_an_address_is_refused(monkeypatch):
-    from penstock.streams.remote.address import place
+    from penstock.streams.sets.remote.address import place
 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-long-secret-of-the-tests")
     with pytest.raises(InputError, match=r"s3://bucket/\*\*\*x holds a credential"):
@@ -181,7 +181,7 @@ def _fetchers(folder: Path) -> list[Path]:
 def test_a_fetcher_that_cannot_start_leaves_no_folder(web, tmp_path, monkeypatch):
     (tmp_path / "t").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "t"))
-    monkeypatch.setattr("penstock.streams.remote.link.LONGEST", 1000)
+    monkeypatch.setattr("penstock.streams.sets.remote.link.LONGEST", 1000)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         opened(web, cache_dir=tmp_path / "file/cache").names()
@@ -199,7 +199,7 @@ def _ask(storage, barrier, results) -> None:
 def test_workers_whose_fetcher_was_killed_share_one_again(web, tmp_path, monkeypatch):
     (tmp_path / "t").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "t"))
-    monkeypatch.setattr("penstock.streams.remote.link.LONGEST", 1000)
+    monkeypatch.setattr("penstock.streams.sets.remote.link.LONGEST", 1000)
     storage = opened(web)
     content = storage.content("manifest.json")
     os.kill(link._processes[-1].pid, 9)

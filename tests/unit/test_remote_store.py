@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 
-from penstock.streams.remote.store import Failed, Store, Unusable
+from penstock.streams.sets.remote.store import Failed, Store, Unusable
 from tests.remote import Wire
 
 OLD, NEW = (np.random.default_rng(seed).integers(0, 256, 6 << 20, dtype=np.uint8).tobytes() for seed in range(2))

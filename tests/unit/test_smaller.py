@@ -9,8 +9,8 @@ from PIL import Image, ImageOps
 
 from penstock.cli import main
 from penstock.streams.decode import DecodeError, decode
-from penstock.streams.manifest import Manifest
-from penstock.streams.sources.smaller import smaller
+from penstock.streams.sets.manifest import Manifest
+from penstock.streams.sets.sources.smaller import smaller
 from tests.trees import fingerprints, image_bytes, read_plainly
 
 

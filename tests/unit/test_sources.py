@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from penstock.errors import InputError
-from penstock.streams.sources import Options, open_source
+from penstock.streams.sets.sources import Options, open_source
 from tests.trees import class_tree, fingerprints, image_bytes, packed, read_plainly
 
 

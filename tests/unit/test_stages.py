@@ -21,7 +21,7 @@ from penstock.streams.data import Data
 from penstock.streams.evaluation import EvalStream
 from penstock.streams.faults import FaultLog
 from penstock.streams.images import Images
-from penstock.streams.manifest import Manifest
+from penstock.streams.sets.manifest import Manifest
 from penstock.streams.train import TrainStream
 from tests.members import EXTRA, TOTAL, members_of, same, slots, stream, take, write_set
 

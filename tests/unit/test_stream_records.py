@@ -8,12 +8,12 @@ import torch
 
 from penstock.errors import InputError
 from penstock.streams.batch import Batch
-from penstock.streams.digest import EpochDigest
 from penstock.streams.faults import FaultLog
-from penstock.streams.ledger import Ledger, read_ledger
-from penstock.streams.manifest import Manifest
-from penstock.streams.part import Part
+from penstock.streams.positions.digest import EpochDigest
+from penstock.streams.positions.ledger import Ledger, read_ledger
+from penstock.streams.positions.part import Part
 from penstock.streams.reader import ShardReader
+from penstock.streams.sets.manifest import Manifest
 from tests.shards import damage, write_set
 from tests.unit.test_train_stream import stream
 

@@ -21,7 +21,7 @@ from penstock.errors import DONE, INPUT_WRONG, InputError
 from penstock.export import export_classifier, load_classifier
 from penstock.head import Head
 from penstock.paired import Effect
-from penstock.streams.manifest import Manifest
+from penstock.streams.sets.manifest import Manifest
 from penstock.students import Gain, Report, Row, as_json, compare, draw, entry, markdown
 from penstock.students._networks import Network
 from penstock.students._picture import spread

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from penstock.cli import main
-from penstock.streams.foreign import index_folder
-from penstock.streams.manifest import Manifest
-from penstock.streams.verify import verify
+from penstock.streams.sets.foreign import index_folder
+from penstock.streams.sets.manifest import Manifest
+from penstock.streams.sets.verify import verify
 from tests.trees import class_tree, image_bytes, packed, write_tar
 
 
@@ -175,7 +175,7 @@ def test_command_line_and_contact_sheet(one_shard, capsys, tmp_path):
 
 def test_progress_reaches_the_total(tmp_path, monkeypatch):
     """Every sample is counted once, damaged or not, so the bar of a damaged set ends full."""
-    from penstock.streams import verify as module
+    from penstock.streams.sets import verify as module
 
     packed(class_tree(tmp_path / "tree"), tmp_path / "set")
     (tmp_path / "set" / "shard-000001.tar").unlink()

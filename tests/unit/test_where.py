@@ -12,9 +12,9 @@ import yaml
 from penstock.cli import main
 from penstock.errors import DONE, INPUT_WRONG, InputError
 from penstock.streams.batch import Batch
-from penstock.streams.ledger import Ledger
 from penstock.streams.loader import POOL
-from penstock.streams.where import places
+from penstock.streams.positions.ledger import Ledger
+from penstock.streams.positions.where import places
 from tests.shards import key_of, write_set
 from tests.unit.test_augment_show import GROWING, VIT
 from tests.unit.test_train_stream import stream
