@@ -11,10 +11,19 @@ from penstock.augment.none import NoAugmentation
 from penstock.schedule import Clock
 from penstock.streams.data import Data
 from penstock.streams.train import TrainStream
+from tests.pool import Pool
 from tests.remote import end_fetchers, environment, s3, upload
 from tests.shards import damage, write_set
 
 SIZES, STEPS, BATCH = [40, 25, 60], 12, 12
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """Two ranks that trained nothing before: engines' empty buckets add up to more memory than a fork may promise."""
+    pool = Pool(2)
+    yield pool
+    pool.stop()
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +64,11 @@ def batches(rank: int, world: int, place: str, env: dict[str, str], workers: int
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("mode", ["shards", "ranges"])
-def test_two_ranks_with_two_workers_see_what_a_folder_gives(ranks, wire, tmp_path, mode):
+def test_two_ranks_with_two_workers_see_what_a_folder_gives(pair, wire, tmp_path, mode):
     manifest = write_set(tmp_path / "set", SIZES)
     damaged = damage(manifest, 30)
     upload(wire, tmp_path / "set", "bucket", mode)
-    local = ranks(2).run(batches, str(tmp_path / "set"), {}, 0, {})
+    local = pair.run(batches, str(tmp_path / "set"), {}, 0, {})
     last = ("500", "shift", "flip") if mode == "ranges" else ("500", "flip")
     wire.spoils.clear()
     for number, kinds in enumerate((("503", "cut", "tag"), ("429", "reset", "whole"), last)):
@@ -69,7 +78,7 @@ def test_two_ranks_with_two_workers_see_what_a_folder_gives(ranks, wire, tmp_pat
     wire.log.clear()
     remote = {"mode": mode, "retries": 20, "timeout": 2.0}
     env = environment(wire, tmp_path / "cache")
-    seen = ranks(2).run(batches, f"s3://bucket/{mode}", env, 2, remote)
+    seen = pair.run(batches, f"s3://bucket/{mode}", env, 2, remote)
     assert [found for found, _ in seen] == [found for found, _ in local]
     assert {fault["key"] for found, _ in seen for _, _, faults in found for fault in faults} == {damaged}
     assert [spoil.kind for spoil in wire.spoils if not spoil.seen] == []
@@ -81,19 +90,19 @@ def test_two_ranks_with_two_workers_see_what_a_folder_gives(ranks, wire, tmp_pat
         assert len(spans) <= 5 + 4 + 2  # once for both ranks, but for what was spoiled or is damaged
     wire.spoils.clear()
     wire.log.clear()
-    again = ranks(2).run(batches, f"s3://bucket/{mode}", env, 2, remote, since=5)  # a restart, from the cache
+    again = pair.run(batches, f"s3://bucket/{mode}", env, 2, remote, since=5)  # a restart, from the cache
     assert [found for found, _ in again] == [found[5:] for found, _ in local]
     fetched = {path.rpartition("/")[2] for method, path, _, _ in wire.log if method == "GET"}
     assert fetched <= {"manifest.json", "shard-000000.tar"}  # the damaged sample is looked at again
 
 
 @pytest.mark.ranks
-def test_one_download_serves_all_ranks_and_workers(ranks, wire, tmp_path):
+def test_one_download_serves_all_ranks_and_workers(pair, wire, tmp_path):
     write_set(tmp_path / "set", SIZES)
     upload(wire, tmp_path / "set", "bucket", "once")
     wire.spoils.clear()
     wire.log.clear()
-    ranks(2).run(batches, "s3://bucket/once", environment(wire, tmp_path / "cache"), 2, {"mode": "shards"})
+    pair.run(batches, "s3://bucket/once", environment(wire, tmp_path / "cache"), 2, {"mode": "shards"})
     for number in range(len(SIZES)):
         assert len(wire.gets(rf"once/shard-00000{number}\.tar")) == 1
         assert len(wire.gets(rf"once/shard-00000{number}\.index")) == 1
@@ -116,10 +125,10 @@ def leave(rank: int, world: int, place: str, env: dict[str, str], remote: dict) 
 
 
 @pytest.mark.ranks
-def test_a_store_that_is_gone_ends_every_rank_with_one_clear_message(ranks, wire, tmp_path):
+def test_a_store_that_is_gone_ends_every_rank_with_one_clear_message(pair, wire, tmp_path):
     write_set(tmp_path / "set", SIZES)
     upload(wire, tmp_path / "set", "bucket", "gone")
     env = environment(wire, tmp_path / "cache")
-    for message in ranks(2).run(leave, "s3://bucket/gone", env, {"mode": "ranges", "retries": 1, "timeout": 2.0}):
+    for message in pair.run(leave, "s3://bucket/gone", env, {"mode": "ranges", "retries": 1, "timeout": 2.0}):
         assert "s3://bucket/gone cannot be reached" in message
         assert env["AWS_SECRET_ACCESS_KEY"] not in message and env["AWS_ACCESS_KEY_ID"] not in message

@@ -210,9 +210,10 @@ def test_stages_that_would_break_counts_are_named(folder, stage, said):
 
 def test_a_worker_says_it_too(folder):
     """In the same words, without the worker's traceback."""
+    others = set(multiprocessing.active_children())
     with pytest.raises(InputError, match=r"^data\.stages: dropping, at sample s007: it gave no sample back.*counted$"):
         take(stream(folder, [dropping], workers=1), 5)
-    assert not multiprocessing.active_children()  # it is gone without a garbage collection
+    assert set(multiprocessing.active_children()) <= others  # it is gone without a garbage collection
 
 
 def small_ones(samples):
