@@ -192,6 +192,17 @@ def test_pax_headers_that_change_what_is_read_are_refused(tmp_path, records, say
         index_folder(tmp_path, workers=1, show=False)
 
 
+def test_a_pax_record_longer_than_its_header_is_refused(tmp_path):
+    """Python's reader takes the name's line end for a part of the name then."""
+    info = with_pax(path="b" * 150 + ".jpg")
+    blocks = info.create_pax_header(info.get_info(), "utf-8")
+    assert b"\x00164 path=" in blocks
+    blocks = blocks.replace(b"\x00164 path=", b"\x00964 path=")
+    (tmp_path / "p.tar").write_bytes(blocks + JPG + b"\0" * (-len(JPG) % 512) + b"\0" * 1024)
+    with pytest.raises(InputError, match="damaged pax header"):
+        index_folder(tmp_path, workers=1, show=False)
+
+
 def test_harmless_pax_headers_are_passed_over(tmp_path):
     info = with_pax(mtime="1.5", atime="2.5", ctime="3.5", uname="ü", comment="c", **{"SCHILY.xattr.user.x": "y"})
     blocks = info.create_pax_header(info.get_info(), "utf-8")

@@ -157,7 +157,7 @@ def _pax(payload: bytes, position: int) -> dict[str, str]:
         length, _, _ = payload.partition(b" ")
         record = payload[: int(length)] if length.isdigit() and len(length) < 8 else b""
         key, equals, value = record[len(length) + 1 : -1].partition(b"=")
-        if not equals or not record.endswith(b"\n"):
+        if not equals or not record.endswith(b"\n") or len(record) != int(length):
             raise TarError("damaged pax header", position)
         payload, word = payload[len(record) :], _text(key, position)
         if word in ("path", "size"):
