@@ -10,7 +10,7 @@ from penstock.errors import InputError
 from penstock.recipe import Block
 from penstock.streams.extras import check_names, check_present
 from penstock.streams.positions.mixture import Train, check_sets, open_part, open_reader, open_sets, places_of
-from penstock.streams.positions.part import parse_labels
+from penstock.streams.positions.part import LabelShare
 from penstock.streams.sets.manifest import Manifest
 from penstock.streams.sets.remote.options import Remote
 from penstock.streams.sets.storage import Address, is_remote
@@ -25,7 +25,9 @@ class Data:
             "names of yours: {photos: {set: data/photos, weight: 3}, sketches: {set: data/sketches}}"
         )
         val: Address | None = Field(None, description="folder or address of the packed validation set")
-        labels: str | None = Field(None, description="train on a fixed share, '10%' or '4 per class'; null is all")
+        labels: LabelShare | None = Field(
+            None, description="train on a fixed share, '10%' or '4 per class'; null is all"
+        )
         repeats: int = Field(1, ge=1, description="times a sample is served in a row, augmented anew each time")
         pool: int | None = Field(
             None, ge=1, description="views that each sample has in all, served in turn; null augments anew without end"
@@ -51,13 +53,6 @@ class Data:
         lanes: int = Field(64, ge=1, description="places of the data read side by side; best a multiple of the ranks")
         block: int = Field(256, ge=1, description="most neighbouring samples that stay together in an epoch's order")
         window: int = Field(4096, ge=1, description="samples shuffled among each other within a lane")
-
-        @field_validator("labels")
-        @classmethod
-        def _a_share(cls, rule: str | None) -> str | None:
-            if rule is not None:
-                parse_labels(rule)
-            return rule
 
         @field_validator("extra")
         @classmethod

@@ -19,7 +19,7 @@ from pydantic import Discriminator, Field, Tag, field_validator
 from penstock.recipe import Block
 from penstock.schedule import Knob, bounds
 from penstock.streams.positions.mixture_classes import names_of, union_of
-from penstock.streams.positions.part import Part, parse_labels
+from penstock.streams.positions.part import LabelShare, Part
 from penstock.streams.reader import Record, ShardReader
 from penstock.streams.sets.manifest import Manifest
 from penstock.streams.sets.storage import Address
@@ -37,7 +37,9 @@ class MixedSet(Block):
         description="its classes in the mixture: null goes by name, none leaves them all without label, a map gives "
         "each a name or null, or names a YAML file with such a map",
     )
-    labels: str | None = Field(None, description="train on a fixed share of it, as data.labels, which it replaces")
+    labels: LabelShare | None = Field(
+        None, description="train on a fixed share of it, as data.labels, which it replaces"
+    )
 
     @field_validator("weight")
     @classmethod
@@ -49,15 +51,8 @@ class MixedSet(Block):
 
     @field_validator("classes", mode="before")
     @classmethod
-    def _numbers_arenames_of(cls, classes: Any) -> Any:
+    def _numbers_are_names(cls, classes: Any) -> Any:
         return {str(theirs): ours for theirs, ours in classes.items()} if isinstance(classes, dict) else classes
-
-    @field_validator("labels")
-    @classmethod
-    def _a_share(cls, rule: str | None) -> str | None:
-        if rule is not None:
-            parse_labels(rule)
-        return rule
 
 
 Sets = dict[str, MixedSet | None]  # null leaves out a set of a recipe that is extended

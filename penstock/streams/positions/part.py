@@ -3,8 +3,10 @@
 import re
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Annotated
 
 import numpy as np
+from pydantic import AfterValidator
 
 from penstock.errors import InputError
 from penstock.splitmix import key, splitmix64_array
@@ -22,6 +24,14 @@ def parse_labels(rule: str) -> tuple[float, int]:
     if not (match and 0 < share <= 1 and (match[1] or number)):
         raise ValueError(f"{rule!r} says no number of labels; write '10%' or '4 per class'")
     return share, number
+
+
+def _checked(rule: str) -> str:
+    parse_labels(rule)
+    return rule
+
+
+LabelShare = Annotated[str, AfterValidator(_checked)]  # in recipes
 
 
 class Part:

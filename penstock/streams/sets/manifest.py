@@ -61,7 +61,7 @@ class Manifest:
         """Read and check `manifest.json`. Raises InputError when it is absent, damaged or unsafe.
 
         Args:
-            remote: how to read an object store (penstock.streams.sets.remote.Remote); None takes the defaults.
+            remote: how to read an object store (penstock.streams.sets.remote.options.Remote); None takes the defaults.
         """
         return cls.at(open_storage(address, remote))
 

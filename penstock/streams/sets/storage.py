@@ -143,7 +143,7 @@ def open_storage(address: str | Path, remote: Any = None) -> Storage:
     """The files at an address.
 
     Args:
-        remote: how to read an object store (penstock.streams.sets.remote.Remote); None takes the defaults.
+        remote: how to read an object store (penstock.streams.sets.remote.options.Remote); None takes the defaults.
     """
     if not is_remote(address):
         return LocalStorage(Path(address))
